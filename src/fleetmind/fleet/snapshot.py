@@ -1,0 +1,141 @@
+"""A frozen view of the fleet: models, devices, replicas, at one moment.
+
+Pure. Every decision (placement, routing, later scaling) reads a FleetSnapshot and nothing else, so the same function
+runs live, in simulation and in replay. A snapshot is never changed; the inventory makes a new one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from fleetmind.core.types import DeviceId, ModelName, ReplicaId
+from fleetmind.node.protocol import Ability, Device, DeviceReading, Endpoint, ReplicaState
+
+
+class ModelSource(StrEnum):
+    """Where a model's weights are."""
+
+    PACKAGED = "packaged"
+    FILE = "file"
+    REMOTE = "remote"
+    FAKE = "fake"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the memory of a model depends on, read from its file's header. Sizes are bytes, lengths tokens or elements."""
+
+    architecture: str
+    weights_bytes: int
+    layers: int
+    embedding_length: int
+    kv_heads_per_layer: tuple[int, ...]
+    key_length: int
+    value_length: int
+    vocabulary: int
+    context_length_trained: int
+    sliding_window: int = 0
+    quantisation: str = ""
+    parameters: int = 0
+    has_chat_template: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """An entry of the catalogue: what a client may name, and how it is to be served.
+
+    ``context_tokens`` is per slot. ``replicas_wanted`` is what the owner asked for. ``path`` and ``sha256`` belong to
+    files, ``url``, ``remote_model`` and ``key_env`` to remote ones.
+    """
+
+    name: ModelName
+    source: ModelSource
+    engine: str
+    context_tokens: int
+    slots: int
+    replicas_wanted: int = 1
+    abilities: frozenset[Ability] = frozenset({Ability.CHAT, Ability.COMPLETION})
+    path: str | None = None
+    sha256: str | None = None
+    url: str | None = None
+    remote_model: str | None = None
+    key_env: str | None = None
+    shape: ModelShape | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
+    added_at_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceView:
+    """A device, its last reading, and how much of it our replicas were granted."""
+
+    device: Device
+    reading: DeviceReading | None
+    memory_bytes_granted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """A replica as decisions see it. ``outstanding`` lives in the gateway, not here."""
+
+    id: ReplicaId
+    model: ModelName
+    state: ReplicaState
+    device_ids: tuple[DeviceId, ...]
+    memory_bytes: int
+    slots: int
+    context_tokens: int
+    abilities: frozenset[Ability]
+    endpoint: Endpoint | None
+    remote_model: str | None = None
+    created_at_s: float = 0.0
+    ready_at_s: float | None = None
+    reason: str = ""
+    is_simulated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """Why a model has no ready replica, and for how long that should last."""
+
+    reason: str
+    retry_after_s: float
+    is_failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSnapshot:
+    """The fleet at ``at_s`` (wall clock). ``version`` rises with every change of a model or replica, not of a reading.
+
+    ``ready`` holds the replicas that may serve, per model; a model without one has its ModelStatus in ``statuses``.
+    """
+
+    version: int
+    at_s: float
+    devices: tuple[DeviceView, ...]
+    models: Mapping[ModelName, Model]
+    replicas: tuple[ReplicaView, ...]
+    ready: Mapping[ModelName, tuple[ReplicaView, ...]]
+    statuses: Mapping[ModelName, ModelStatus] = field(default_factory=dict)
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether any device or replica here is simulated."""
+        return any(view.device.is_simulated for view in self.devices) or any(r.is_simulated for r in self.replicas)
+
+
+def snapshot(
+    *,
+    version: int,
+    at_s: float,
+    devices: tuple[DeviceView, ...],
+    models: Mapping[ModelName, Model],
+    replicas: tuple[ReplicaView, ...],
+    statuses: Mapping[ModelName, ModelStatus] | None = None,
+) -> FleetSnapshot:
+    """A snapshot with its index of ready replicas. The one way to make one."""
+    ready: dict[ModelName, tuple[ReplicaView, ...]] = {}
+    for replica in replicas:
+        if replica.state is ReplicaState.READY and replica.endpoint is not None:
+            ready[replica.model] = (*ready.get(replica.model, ()), replica)
+    return FleetSnapshot(version, at_s, devices, dict(models), replicas, ready, dict(statuses or {}))
