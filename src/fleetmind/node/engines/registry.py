@@ -1,0 +1,17 @@
+"""Which engines there are. A new one is one module and one line here.
+
+Invariant: an engine's key is the name in its facts, which is what a replica spec names.
+"""
+
+from collections.abc import Mapping
+
+from fleetmind.core.settings import NodeSettings
+from fleetmind.node.engine import Engine
+from fleetmind.node.engines.fake import Fake
+from fleetmind.node.engines.llamacpp import LlamaCpp
+
+
+async def engines(settings: NodeSettings, environ: Mapping[str, str]) -> Mapping[str, Engine]:
+    """The engines by name."""
+    found: tuple[Engine, ...] = (LlamaCpp(), Fake())
+    return {engine.facts.name: engine for engine in found}

@@ -1,0 +1,30 @@
+"""The end of a child whose parent is gone.
+
+A parent keeps the writing end of a pipe that it never writes to; the child waits on the reading end. When the parent
+ends, by whatever cause, the kernel closes the pipe and the child ends its own process group at once. Works on every
+system and for every kind of death; ``launch.py`` adds the kernel's own death signal on Linux for programs that are
+not ours. Invariant: an engine of ours never outlives the server.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Mapping
+
+LIFELINE_VARIABLE = "FLEETMIND_LIFELINE"
+"""The environment variable with the number of the descriptor to wait on."""
+
+
+def hold(environ: Mapping[str, str] = os.environ) -> None:
+    """End this process group once the parent is gone; does nothing when started by hand, without a life line."""
+    number = environ.get(LIFELINE_VARIABLE)
+    if number is not None:
+        threading.Thread(target=_wait, args=(int(number),), name="lifeline", daemon=True).start()
+
+
+def _wait(descriptor: int) -> None:
+    while os.read(descriptor, 1):
+        pass
+    if os.getpgid(0) == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
