@@ -23,7 +23,12 @@ class ModelSource(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What the memory of a model depends on, read from its file's header. Sizes are bytes, lengths tokens or elements."""
+    """What the memory of a model depends on, read from its file's header. Sizes are bytes, lengths tokens or elements.
+
+    ``kv_heads_per_layer`` has a zero for a layer that keeps no keys and values: a recurrent one, or one that shares
+    another's. ``sliding_layers`` marks the layers that keep only the last ``sliding_window`` tokens; empty means none
+    does. ``recurrent_state_bytes`` is what all recurrent layers together keep per slot, whatever the context.
+    """
 
     architecture: str
     weights_bytes: int
@@ -38,6 +43,9 @@ class ModelShape:
     quantisation: str = ""
     parameters: int = 0
     has_chat_template: bool = False
+    feed_forward_length: int = 0
+    sliding_layers: tuple[bool, ...] = ()
+    recurrent_state_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +75,22 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class DeviceView:
-    """A device, its last reading, and how much of it our replicas were granted."""
+    """A device, its last reading, and how its memory is spoken for.
+
+    ``memory_bytes_granted`` is what our replicas hold of it: for each the larger of what it was granted and what its
+    process was measured to use. ``memory_bytes_foreign`` is what was measured to be in use and isn't ours. The two
+    never overlap, so that nothing is counted twice.
+    """
 
     device: Device
     reading: DeviceReading | None
     memory_bytes_granted: int = 0
+    memory_bytes_foreign: int = 0
+
+    def memory_bytes_free(self, reserve_bytes: int) -> int:
+        """What a new replica may be granted: total - foreign - granted - reserve, never below zero."""
+        taken = self.memory_bytes_foreign + self.memory_bytes_granted + reserve_bytes
+        return max(0, self.device.memory_bytes_total - taken)
 
 
 @dataclass(frozen=True, slots=True)
