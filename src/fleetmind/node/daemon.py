@@ -6,7 +6,6 @@ coroutine (``_live``): launch, wait until ready, wait for the end, clean up. Inv
 """
 
 import asyncio
-import logging
 import os
 import shutil
 import socket
@@ -19,6 +18,7 @@ from typing import Any
 from fleetmind.core.clock import Clock, secret_token
 from fleetmind.core.errors import ConfigurationError, EngineStartFailed, FleetmindError, NotFound
 from fleetmind.core.settings import NodeSettings
+from fleetmind.core.telemetry import log
 from fleetmind.core.types import DeviceId, ReplicaId, format_bytes
 from fleetmind.node.devices import DeviceReader
 from fleetmind.node.engine import Engine, Health, HealthState
@@ -40,7 +40,8 @@ from fleetmind.node.pulse import Pulse, judge
 START_PROBE_S = 0.05
 START_PROBE_S_MAX = 0.5
 """The pause between probes of a starting replica, growing from the first to the second."""
-PROBE_S_MAX = 10.0
+PROBE_S_MAX = 5.0
+"""How long one probe may take."""
 EXTERNAL_PROBE_INTERVAL_S = 15.0
 """A server that is not ours is asked less often: it may count requests."""
 LOGS_KEPT = 64
@@ -48,7 +49,6 @@ LOG_LINES_IN_REASON = 4
 MEMORY_BYTES_FREE_OF_GRANT = 512 * 1024**2
 """What any engine may hold on top of its grant: interpreter, libraries, buffers of connections."""
 
-_STARTED = frozenset({ReplicaState.STARTING})
 _ALIVE = frozenset({ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING})
 _SERVING = frozenset({ReplicaState.READY, ReplicaState.DRAINING})
 
@@ -65,6 +65,7 @@ class _Replica:
     process: EngineProcess | None = None
     pulse: Pulse = field(default_factory=Pulse)
     probed_at_s: float = 0.0
+    is_being_probed: bool = False
     is_stopping: bool = False
 
     @property
@@ -91,6 +92,7 @@ class NodeDaemon:
         clock: Clock,
         on_change: Callable[[ReplicaReport], None],
         environ: Mapping[str, str] = os.environ,
+        probe_s_max: float = PROBE_S_MAX,
     ) -> None:
         self._replicas_dir = run_dir / "replicas"
         self._log_dir = log_dir
@@ -100,10 +102,11 @@ class NodeDaemon:
         self._clock = clock
         self._on_change = on_change
         self._environ = environ
+        self._probe_s_max = probe_s_max
         self._ledger = Ledger(self._replicas_dir)
         self._replicas: dict[ReplicaId, _Replica] = {}
         self._lives: set[asyncio.Task[None]] = set()
-        self._log = logging.getLogger("fleetmind.node")
+        self._log = log("node")
 
     # -- life of the daemon -------------------------------------------------------------------------------------
 
@@ -112,7 +115,7 @@ class NodeDaemon:
         await self._devices.find()
         orphans = await asyncio.to_thread(self._ledger.end_orphans, self._settings.stop_grace_s)
         for orphan in orphans:
-            self._log.warning("ended the orphan %s of %s, pid %d", orphan.replica_id, orphan.model, orphan.pid)
+            self._log.warning("ended an orphan", replica=orphan.replica_id, model=orphan.model, pid=orphan.pid)
         await asyncio.to_thread(self._clear_leftovers)
         return orphans
 
@@ -237,8 +240,10 @@ class NodeDaemon:
                     watch.cancel()
         except FleetmindError as fault:
             reason = fault.message
+        except OSError as fault:  # a full disk, no more processes
+            reason = str(fault)
         except Exception as fault:  # noqa: BLE001 - one replica's unforeseen fault must not take the daemon along
-            self._log.exception("the life of replica %s broke", replica.spec.id)
+            self._log.exception("the life of a replica broke", fault, replica=replica.spec.id)
             reason = f"unforeseen fault: {fault!r}"
         finally:
             await self._clean_up(replica)  # 4
@@ -307,28 +312,37 @@ class NodeDaemon:
 
     async def _clean_up(self, replica: _Replica) -> None:
         if replica.process is not None:
-            await replica.process.stop(self._settings.stop_grace_s)
+            ended = await replica.process.stop(self._settings.stop_grace_s)
+            if ended.code is None:  # it stays in the ledger: the next start will try again
+                self._log.error("a process does not end", replica=replica.spec.id, pid=replica.process.pid)
+                return
         await asyncio.to_thread(self._erase, replica.spec.id)
 
     # -- watching -----------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        while True:
-            await self._clock.sleep(self._settings.probe_interval_s)
-            now_s = self._clock.monotonic_s()
-            due = [
-                replica
-                for replica in self._replicas.values()
-                if replica.report.state in _SERVING
-                and (replica.process is not None or now_s - replica.probed_at_s >= EXTERNAL_PROBE_INTERVAL_S)
-            ]
-            await asyncio.gather(*(self._probe(replica) for replica in due))
+        """Probe every serving replica, again and again; one that does not answer holds up no other."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await self._clock.sleep(self._settings.probe_interval_s)
+                for replica in self._replicas.values():
+                    if not replica.is_being_probed and self._is_due(replica):
+                        group.create_task(self._probe(replica))
+
+    def _is_due(self, replica: _Replica) -> bool:
+        since_s = self._clock.monotonic_s() - replica.probed_at_s
+        is_ours = replica.process is not None
+        return replica.report.state in _SERVING and (is_ours or since_s >= EXTERNAL_PROBE_INTERVAL_S)
 
     async def _probe(self, replica: _Replica) -> None:
         endpoint = replica.report.endpoint
         assert endpoint is not None
-        health = await self._ask(replica, endpoint)
-        usage = await replica.process.usage() if replica.process else Usage(0.0, 0)
+        replica.is_being_probed = True
+        try:
+            health = await self._ask(replica, endpoint)
+            usage = await replica.process.usage() if replica.process else Usage(0.0, 0)
+        finally:
+            replica.is_being_probed = False
         if replica.report.state not in _SERVING:
             return
         replica.probed_at_s = self._clock.monotonic_s()
@@ -340,10 +354,10 @@ class NodeDaemon:
 
     async def _ask(self, replica: _Replica, endpoint: Endpoint) -> Health:
         try:
-            async with asyncio.timeout(PROBE_S_MAX):
+            async with asyncio.timeout(self._probe_s_max):
                 return await replica.engine.probe(endpoint, replica.spec)
         except TimeoutError:
-            return Health(HealthState.UNREACHABLE, detail=f"no answer within {PROBE_S_MAX:.0f} s")
+            return Health(HealthState.UNREACHABLE, detail=f"no answer within {self._probe_s_max:g} s")
 
     def _overdraft(self, spec: ReplicaSpec, usage: Usage) -> str:
         bound = int(spec.memory_bytes * self._settings.engine_memory_factor) + MEMORY_BYTES_FREE_OF_GRANT
@@ -365,7 +379,13 @@ class NodeDaemon:
         replica.report = replace(replica.report, state=state, **changes)
         if state is not ReplicaState.STARTING:
             replica.settled.set()
-        self._log.info("replica %s is %s %s", replica.spec.id, state, replica.report.reason)
+        self._log.info(
+            "replica moved",
+            replica=replica.spec.id,
+            model=replica.spec.model,
+            state=state.value,
+            reason=replica.report.reason,
+        )
         self._on_change(replica.report)
 
     def _show(self, replica: _Replica, **changes: Any) -> ReplicaReport:

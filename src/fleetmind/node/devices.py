@@ -8,11 +8,16 @@ and a source that broke leaves the last reading with a fault.
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 from fleetmind.core.clock import Clock
+from fleetmind.core.settings import NodeSettings
 from fleetmind.core.types import DeviceId
+from fleetmind.node.nvidia import NvidiaCards
+from fleetmind.node.processor import Processor
 from fleetmind.node.protocol import Device, DeviceReading
+from fleetmind.node.simulated import SimulatedDevices
 
 READ_S_MAX = 5.0
 
@@ -27,6 +32,16 @@ class DeviceSource(Protocol):
     def read(self) -> tuple[DeviceReading, ...]:
         """How they look now."""
         ...
+
+
+def open_devices(settings: NodeSettings, clock: Clock) -> "DeviceReader":
+    """The reader that the settings ask for: this machine's devices, or the simulated ones of ``devices_file`` instead.
+
+    Raises ConfigurationError when that file can't be used.
+    """
+    if settings.devices_file:
+        return DeviceReader([SimulatedDevices(Path(settings.devices_file), clock)], clock)
+    return DeviceReader([Processor(clock), NvidiaCards(clock)], clock)
 
 
 class DeviceReader:

@@ -167,6 +167,7 @@ class EngineProcess:
             await asyncio.wait({pump}, timeout=LOG_END_S_MAX)
         finally:
             pump.cancel()
+            await asyncio.wait({pump})
             os.close(self._lifeline)
         return Exit(code)
 

@@ -6,7 +6,8 @@ otherwise. Invariant: labelled simulated, always.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from fleetmind.core.errors import ConfigurationError
 from fleetmind.node.engine import Command, EngineFacts, Health, HealthState
@@ -49,13 +50,12 @@ class Fake:
         abilities = frozenset({Ability.CHAT, Ability.COMPLETION})
         if spec.options.get("embedding_dimensions"):
             abilities |= {Ability.EMBEDDING}
-        return Health(health.state, health.slots, health.context_tokens, abilities, health.version, health.detail)
+        return replace(health, abilities=abilities, version=health.version.removeprefix("llama.cpp "))
 
 
-def check_options(options: object) -> None:
+def check_options(options: Mapping[str, object]) -> None:
     """Raises ConfigurationError for a knob that does not exist or a value that makes no sense."""
     try:
-        assert isinstance(options, dict) or hasattr(options, "items")
-        Knobs().changed(dict(options))  # type: ignore[call-overload]
+        Knobs().changed(options)
     except ValueError as fault:
         raise ConfigurationError(str(fault), hint="see fleetmind.node.engines.fake_knobs", param="options") from None

@@ -30,11 +30,12 @@ from fleetmind.node.engines.fake_http import Connection, Request
 from fleetmind.node.engines.fake_knobs import Knobs
 
 VERSION = "fake-1 (simulated)"
-WORDS = tuple(  # noqa: SIM905 - a list of words reads best as words
+_WORDS = (
     "the a model device token slot queue memory plan replica quiet bright small large green river stone cloud "
     "letter window garden engine signal number answer question morning evening and or but with from into over "
-    "runs waits holds gives takes finds keeps moves reads writes learns".split()
+    "runs waits holds gives takes finds keeps moves reads writes learns"
 )
+WORDS = tuple(_WORDS.split())
 YIELD_EVERY_TOKENS = 16
 JSON_OPTIONS = {"separators": (",", ":")}
 

@@ -80,8 +80,7 @@ def parameters(spec: ReplicaSpec, devices: Sequence[Device], endpoint: Endpoint)
     }
     if is_embedding(spec):
         chosen["embedding"] = True
-        # Without causal order a whole prompt must fit one batch.
-        chosen["n_batch"] = chosen["n_ubatch"] = max(512, min(spec.context_tokens, 8192))
+        chosen["n_batch"] = chosen["n_ubatch"] = embedding_batch(spec)
         pooling = spec.options.get("pooling")
         if pooling is not None:
             chosen["pooling_type"] = f"LLAMA_POOLING_TYPE_{str(pooling).upper()}"
@@ -91,6 +90,11 @@ def parameters(spec: ReplicaSpec, devices: Sequence[Device], endpoint: Endpoint)
 def is_embedding(spec: ReplicaSpec) -> bool:
     """Whether the replica shall make vectors; llama.cpp must be told when it starts."""
     return bool(spec.options.get("embedding", Ability.EMBEDDING in spec.abilities))
+
+
+def embedding_batch(spec: ReplicaSpec) -> int:
+    """Tokens of a batch when vectors are made: without causal order a whole prompt must fit one batch."""
+    return max(512, min(spec.context_tokens, 8192))
 
 
 def uses_gpu(devices: Sequence[Device]) -> bool:

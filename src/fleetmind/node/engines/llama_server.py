@@ -1,0 +1,160 @@
+"""llama.cpp's own ``llama-server``, when there is one: preferred, as it is built for this machine.
+
+What the binary can do is read from its ``--help``, not assumed: only flags it knows are given. Invariant: the key
+reaches it by a file of mode 0600, never by its arguments or environment.
+"""
+
+import asyncio
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fleetmind.core.errors import ConfigurationError
+from fleetmind.node.engine import Command, EngineFacts, Health
+from fleetmind.node.engines import llamacpp
+from fleetmind.node.protocol import Device, Endpoint, ReplicaSpec
+
+NAME = "llama-server"
+KEY_FILE = "api-key"
+ASK_S_MAX = 10.0
+HELP_BYTES_MAX = 1024**2
+NEEDED = frozenset({"--model", "--host", "--port", "--ctx-size", "--parallel", "--api-key-file"})
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a binary said of itself."""
+
+    version: str
+    flags: frozenset[str]
+
+
+class LlamaServer:
+    """The engine ``llamacpp`` by way of a binary."""
+
+    def __init__(self, path: str, capabilities: Capabilities) -> None:
+        self.path = path
+        self.capabilities = capabilities
+
+    @property
+    def facts(self) -> EngineFacts:
+        return EngineFacts(name="llamacpp", needs_file=True)
+
+    def command(self, spec: ReplicaSpec, devices: Sequence[Device], endpoint: Endpoint) -> Command:
+        """The binary with the flags it knows; the same choices as for the embedded engine."""
+        flags = [flag for name, flag in self._flags(spec, devices, endpoint) if name in self.capabilities.flags]
+        return Command(
+            argv=(self.path, *(part for flag in flags for part in flag)),
+            env=llamacpp.visible_devices(devices),
+            files={KEY_FILE: endpoint.api_key.encode() + b"\n"},
+        )
+
+    async def endpoint(self, spec: ReplicaSpec) -> Endpoint | None:
+        return None
+
+    async def probe(self, endpoint: Endpoint, spec: ReplicaSpec) -> Health:
+        return await llamacpp.probe(endpoint, spec)
+
+    def _flags(
+        self, spec: ReplicaSpec, devices: Sequence[Device], endpoint: Endpoint
+    ) -> list[tuple[str, tuple[str, ...]]]:
+        host, _, port = endpoint.base_url.removeprefix("http://").rpartition(":")
+        pairs = {
+            "--model": str(spec.path),
+            "--alias": spec.model,
+            "--host": host,
+            "--port": port,
+            "--ctx-size": str(spec.context_tokens * spec.slots),
+            "--parallel": str(spec.slots),
+            "--n-gpu-layers": "999" if llamacpp.uses_gpu(devices) else "0",
+            "--threads": str(llamacpp.threads(devices)),
+            "--threads-http": str(llamacpp.http_threads(spec)),
+            "--cache-ram": str(llamacpp.CACHE_RAM_MIB),
+            "--fit": "off",
+            "--api-key-file": KEY_FILE,
+        }
+        alone = ["--metrics", "--slots", "--offline", "--no-kv-unified"]
+        alone.append("--no-ui" if "--no-ui" in self.capabilities.flags else "--no-webui")
+        if llamacpp.is_embedding(spec):
+            batch = str(llamacpp.embedding_batch(spec))
+            pairs |= {"--batch-size": batch, "--ubatch-size": batch}
+            alone.append("--embeddings" if "--embeddings" in self.capabilities.flags else "--embedding")
+            if spec.options.get("pooling"):
+                pairs["--pooling"] = str(spec.options["pooling"])
+        return [(name, (name, value)) for name, value in pairs.items()] + [(name, (name,)) for name in alone]
+
+
+async def find(setting: str, environ: Mapping[str, str]) -> LlamaServer | None:
+    """The binary that ``setting`` (auto, off or a path) means; None when there is none to use.
+
+    Raises ConfigurationError when a path was given and what is there is no usable llama-server. With auto, a binary
+    that is too old is passed over.
+    """
+    if setting == "off":
+        return None
+    is_auto = setting == "auto"
+    path = shutil.which(NAME if is_auto else setting, path=environ.get("PATH", os.defpath))
+    if path is None:
+        if is_auto:
+            return None
+        raise ConfigurationError(f"there is no program at {setting}", param="node.llama_server")
+    capabilities = await ask(path, environ)
+    missing = sorted(NEEDED - capabilities.flags)
+    if missing:
+        if is_auto:
+            return None
+        raise ConfigurationError(
+            f"{path} is not a usable llama-server: it does not know {', '.join(missing)}",
+            hint="update it, or set node.llama_server to off",
+            param="node.llama_server",
+        )
+    return LlamaServer(path, capabilities)
+
+
+async def ask(path: str, environ: Mapping[str, str]) -> Capabilities:
+    """What the binary at ``path`` says of itself; nothing when it does not answer as one should."""
+    environment = {name: environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in environ}
+    version, help_text = await asyncio.gather(
+        _output(path, "--version", environment), _output(path, "--help", environment)
+    )
+    found = re.search(r"version:\s*(\S.*)", version)
+    return Capabilities(
+        version=found[1].strip() if found else "",
+        flags=frozenset(flag for line in help_text.splitlines() for flag in _flags_of(line)),
+    )
+
+
+def _flags_of(line: str) -> list[str]:
+    """The flags that a line of the help introduces, as in ``-c,    --ctx-size N    size of the prompt context``."""
+    head = re.match(r"\s{0,4}(-{1,2}[\w-]+(?:,\s*-{1,2}[\w-]+)*)", line)
+    return re.findall(r"-{1,2}[\w-]+", head[1]) if head else []
+
+
+async def _output(path: str, argument: str, environment: Mapping[str, str]) -> str:
+    try:
+        process = await asyncio.create_subprocess_exec(
+            path,
+            argument,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    except OSError:
+        return ""
+    assert process.stdout is not None
+    text = b""
+    try:
+        async with asyncio.timeout(ASK_S_MAX):
+            while len(text) < HELP_BYTES_MAX and (piece := await process.stdout.read(65536)):
+                text += piece
+    except TimeoutError:
+        pass
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+    return text.decode("utf-8", errors="replace")
