@@ -119,8 +119,10 @@ def _data_text(event: Event) -> str:
 class Journal:
     """The journal of one database."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, page_entries: int = PAGE_ENTRIES) -> None:
+        """``page_entries`` is how many ``verify`` holds in memory at once."""
         self._database = database
+        self._page_entries = page_entries
 
     async def append(self, *events: Event) -> None:
         """Append events, all or none; they are on disk when this returns. Raises StoreError, InvalidRequest."""
@@ -150,7 +152,7 @@ class Journal:
         done, before = 0, FIRST_HASH
         after: int | None = None
         while done < count:
-            rows = await self._database.read(partial(_page, after=after))
+            rows = await self._database.read(partial(_page, after=after, limit=self._page_entries))
             if not rows:
                 return Verdict(done, before, Fault(done + 1, f"is missing; the journal had {count} entries"))
             for row in rows[: count - done]:
@@ -169,11 +171,14 @@ class Journal:
 def _read_head(connection: Connection) -> tuple[int, str, int] | None:
     head = connection.execute(select(journal_head.c.count, journal_head.c.hash).where(journal_head.c.id == 1)).first()
     last = connection.execute(select(func.max(journal.c.position))).scalar()
-    return None if head is None else (*head.tuple(), last or 0)
+    if head is None:
+        return None
+    count, head_hash = head
+    return count, head_hash, last or 0
 
 
-def _page(connection: Connection, after: int | None) -> list[Row[Any]]:
-    query = select(journal).order_by(journal.c.position).limit(PAGE_ENTRIES)
+def _page(connection: Connection, after: int | None, limit: int) -> list[Row[Any]]:
+    query = select(journal).order_by(journal.c.position).limit(limit)
     # The first page has no lower bound: an entry before the first would be missed.
     return list(connection.execute(query if after is None else query.where(journal.c.position > after)))
 
