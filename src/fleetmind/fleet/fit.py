@@ -105,10 +105,11 @@ def device_fault(view: DeviceView) -> str | None:
     return None
 
 
-def shortfall(view: DeviceView, needed_bytes: int, reserve_bytes: int) -> str:
-    """``needs 1.2 GiB, 0.8 GiB free of 11.0 GiB after 256.0 MiB reserve``."""
+def shortfall(view: DeviceView, needed_bytes: int, reserve_bytes: int, taken_bytes: int = 0) -> str:
+    """``needs 1.2 GiB, 0.8 GiB free of 11.0 GiB after 256.0 MiB reserve``. ``taken_bytes`` are promised meanwhile."""
+    free = view.memory_bytes_free(reserve_bytes) - taken_bytes
     return (
-        f"needs {format_bytes(needed_bytes)}, {format_bytes(view.memory_bytes_free(reserve_bytes))} free of "
+        f"needs {format_bytes(needed_bytes)}, {format_bytes(free)} free of "
         f"{format_bytes(view.device.memory_bytes_total)} after {format_bytes(reserve_bytes)} reserve"
     )
 

@@ -53,7 +53,8 @@ class Model:
     """An entry of the catalogue: what a client may name, and how it is to be served.
 
     ``context_tokens`` is per slot. ``replicas_wanted`` is what the owner asked for. ``path`` and ``sha256`` belong to
-    files, ``url``, ``remote_model`` and ``key_env`` to remote ones.
+    files, ``url``, ``remote_model`` and ``key_env`` to remote ones. ``note`` tells the owner where the entry differs
+    from what was asked for.
     """
 
     name: ModelName
@@ -71,6 +72,7 @@ class Model:
     shape: ModelShape | None = None
     options: Mapping[str, object] = field(default_factory=dict)
     added_at_s: float = 0.0
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,10 @@ class ReplicaView:
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """Why a model has no ready replica, and for how long that should last."""
+    """Why a model has no ready replica, and for how long that should last.
+
+    ``is_failed`` means waiting for it is in vain for now: it doesn't start, or fits nowhere.
+    """
 
     reason: str
     retry_after_s: float
