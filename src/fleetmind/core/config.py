@@ -257,12 +257,12 @@ def _from_flags(flags: Mapping[str, str]) -> Iterator[tuple[str, object, Origin]
 
 
 def _unknown(what: str, given: str, where: str, valid: Iterable[str]) -> ConfigurationError:
-    near = difflib.get_close_matches(given, list(valid), n=1, cutoff=0.5)
-    if not near and "." in given:
-        # The right name in the wrong section is common, and far away for difflib.
-        key = given.rpartition(".")[2]
-        near = difflib.get_close_matches(key, [name.rpartition(".")[2] for name in valid], n=1)
-        near = [name for name in valid if name.rpartition(".")[2] == near[0]] if near else []
+    names = list(valid)
+    # The right name in the wrong section is common, and far away for difflib; a prefix all share makes all near.
+    near = [name for name in names if name.rpartition(".")[2] == given.rpartition(".")[2]]
+    if not near:
+        bare = {name.removeprefix(ENVIRONMENT_PREFIX): name for name in names}
+        near = [bare[one] for one in difflib.get_close_matches(given.removeprefix(ENVIRONMENT_PREFIX), bare, n=1)]
     hint = f"Did you mean {near[0]}?" if near else "See `fleetmind config show` for every name."
     return ConfigurationError(f"unknown {what} {given!r} in {where}", hint=hint, param=given)
 

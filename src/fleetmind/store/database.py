@@ -73,6 +73,13 @@ class Database:
         self._check_open()
         return await self._loop.run_in_executor(self._readers, self._read, work)
 
+    async def check(self) -> tuple[str, ...]:
+        """Damage found in the database file, empty for none. Reads all of it; PostgreSQL looks after itself."""
+        if not self._engines.is_sqlite:
+            return ()
+        found = await self.read(lambda connection: connection.exec_driver_sql("PRAGMA integrity_check").scalars().all())
+        return tuple(str(line) for line in found if line != "ok")
+
     async def close(self) -> None:
         """Finish the works accepted, then disconnect. Later works are refused; closing again is harmless."""
         if self._closing is None:

@@ -4,7 +4,7 @@ Counts; it knows no prices and no limits. Invariant: a call is counted once, how
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, select
@@ -35,6 +35,9 @@ class UsageRow:
     is_simulated: bool
 
 
+_FIELDS = tuple(field.name for field in fields(UsageRow))
+
+
 @dataclass(frozen=True, slots=True)
 class UsageTotal:
     """The sum over the calls of one model and key; simulated calls are summed apart."""
@@ -57,7 +60,7 @@ class Usage:
     async def append(self, rows: Sequence[UsageRow]) -> None:
         """Write rows, all or none. A call already there is left as it is, so a batch may be repeated."""
         if rows:
-            values = [asdict(row) for row in rows]
+            values = [{name: getattr(row, name) for name in _FIELDS} for row in rows]  # asdict takes five times as long
             await self._database.write(lambda connection: _insert(connection, values))
 
     async def totals(self, since_s: float = 0.0) -> tuple[UsageTotal, ...]:
