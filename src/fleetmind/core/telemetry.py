@@ -146,7 +146,9 @@ class ConsoleFormatter(logging.Formatter):
         parts += [f"{key}={_bare(value)}" for key, value in _fields(record)]
         line = " ".join(parts)
         if record.exc_info:
-            line = f"{line}\n{self.formatException(record.exc_info)}"
+            # Indented, so that the text of an exception can't pass for a line of its own.
+            trace = self.formatException(record.exc_info).splitlines()
+            line = "\n    ".join((line, *map(_escaped, trace)))
         return redact(line)
 
 
@@ -246,6 +248,9 @@ class Metrics:
         self.commits_total = counter("commits_total", "Transactions committed.")
         self.commit_seconds = histogram("commit_seconds", "Seconds of one commit.", _COMMIT_SECONDS)
         self.journal_entries_total = counter("journal_entries_total", "Entries appended to the journal.")
+        self.usage_dropped_total = counter(
+            "usage_dropped_total", "Usage rows dropped because the database refused them."
+        )
         self.http_refused_total = counter("http_refused_total", "Requests refused before a call.", "reason")
 
     def render(self) -> bytes:
