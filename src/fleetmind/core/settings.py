@@ -98,6 +98,7 @@ class GatewaySettings(Section):
     queue_wait_s_max: float = _leaf(120.0, "Longest wait of a call for a slot.", "seconds", gt=0, le=86400)
     first_token_s_max: float = _leaf(120.0, "Longest wait for the first token.", "seconds", gt=0, le=86400)
     stream_idle_s_max: float = _leaf(60.0, "Longest silence inside a stream.", "seconds", gt=0, le=86400)
+    reply_s_max: float = _leaf(600.0, "Longest wait for a whole reply that is not streamed.", "seconds", gt=0, le=86400)
     retries_max: int = _leaf(1, "Further attempts after a failure before the first token.", ge=0, le=10)
     usage_flush_s: float = _leaf(1.0, "Pause between two writes of usage.", "seconds", gt=0, le=3600)
     remote_slots: int = _leaf(256, "Calls a remote endpoint answers at once.", ge=1, le=100_000)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from fleetmind.node.protocol import Ability, Device, Endpoint, ReplicaSpec
+from fleetmind.node.protocol import Ability, Device, DeviceKind, Endpoint, ReplicaSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,8 @@ class EngineFacts:
     """What is known of an engine before it runs.
 
     ``needs_file`` and ``needs_url`` say what a replica must carry; ``is_external`` means there is no process of ours;
-    ``is_simulated`` means answers are invented and must be labelled so wherever a person sees them.
+    ``is_simulated`` means answers are invented and must be labelled so wherever a person sees them. ``device_kinds`` is
+    what it can compute on, as found out on this machine.
     """
 
     name: str
@@ -26,6 +27,7 @@ class EngineFacts:
     needs_url: bool = False
     is_external: bool = False
     is_simulated: bool = False
+    device_kinds: frozenset[DeviceKind] = frozenset(DeviceKind)
 
 
 @dataclass(frozen=True, slots=True)

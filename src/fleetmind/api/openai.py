@@ -1,0 +1,159 @@
+"""The OpenAI-compatible surface: bodies in, answers out, as they come.
+
+The hot path: no framework between the socket and ``Gateway.dispatch``, and an answer's bytes are those of the engine.
+Decides nothing; what a client may ask is checked in ``gateway.calls``, who may ask in ``gate``.
+"""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import aclosing
+
+import msgspec
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fleetmind.api.auth import Principal
+from fleetmind.api.auth import Scope as Right
+from fleetmind.api.gate import read_body
+from fleetmind.api.problems import body_of
+from fleetmind.api.routes import PRINCIPAL, DirectRoute
+from fleetmind.core.clock import monotonic_ns
+from fleetmind.core.config import ServerSettings
+from fleetmind.core.errors import FleetmindError, Forbidden
+from fleetmind.fleet.snapshot import FleetSnapshot
+from fleetmind.gateway.calls import Call, CallKind, Served, parse_call
+from fleetmind.gateway.dispatch import Gateway
+from fleetmind.gateway.streaming import error_event
+
+WATCH_AFTER_S = 0.05
+"""A call is watched for a client that goes away only after this long: most are over by then, and a watch costs."""
+
+_JSON = (b"content-type", b"application/json")
+_EVENTS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
+_encode = msgspec.json.Encoder().encode
+
+
+def routes(gateway: Gateway, snapshot: Callable[[], FleetSnapshot], settings: ServerSettings) -> list[DirectRoute]:
+    """The routes below ``/v1``."""
+    calls = [
+        DirectRoute("POST", f"/v1/{kind.value}", _answerer(kind, gateway, settings), Right.INFER) for kind in CallKind
+    ]
+    return [*calls, DirectRoute("GET", "/v1/models", _models_lister(snapshot), Right.INFER)]
+
+
+def _answerer(kind: CallKind, gateway: Gateway, settings: ServerSettings) -> ASGIApp:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        principal: Principal = scope[PRINCIPAL]
+        received_ns = monotonic_ns()
+        try:
+            body = await read_body(receive, bytes_max=settings.body_bytes_max, seconds_max=settings.body_read_s_max)
+        except ConnectionResetError:
+            return
+        call = parse_call(
+            kind,
+            body,
+            call_id=gateway.next_call_id(),
+            key_id=principal.key_id,
+            received_ns=received_ns,
+            messages_max=settings.messages_max,
+        )
+        if principal.models and call.model not in principal.models:
+            raise Forbidden(f"This key may not use {call.model[:200]!r}.", hint="Make a key for that model.")
+        with _ClientWatch(receive) as watch:
+            try:
+                await _pass_on(gateway, call, send)
+            except asyncio.CancelledError:
+                if not watch.client_left:
+                    raise
+
+    return answer
+
+
+async def _pass_on(gateway: Gateway, call: Call, send: Send) -> None:
+    """Send the answer's pieces as they come. An error before the first is raised, one after it ends the stream."""
+    started = ended = False
+    try:
+        async with aclosing(gateway.dispatch(call)) as chunks:
+            async for chunk in chunks:
+                if not call.is_stream:
+                    headers = [_JSON, (b"content-length", b"%d" % len(chunk.data)), *_served(call, chunk.served)]
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
+                    await send({"type": "http.response.body", "body": chunk.data})
+                    continue
+                if not started:
+                    started = True
+                    headers = [*_EVENTS, *_served(call, chunk.served)]
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
+                await send({"type": "http.response.body", "body": chunk.data, "more_body": not chunk.is_last})
+                ended = chunk.is_last
+    except FleetmindError as error:
+        if not started:
+            raise
+        if not ended:
+            ended = True
+            await send({"type": "http.response.body", "body": error_event(body_of(error))})
+    if call.is_stream and not ended:
+        await send({"type": "http.response.body", "body": b""})
+
+
+def _served(call: Call, served: Served) -> list[tuple[bytes, bytes]]:
+    headers = [
+        (b"x-fleetmind-call", call.id.encode()),
+        (b"x-fleetmind-model", served.model.encode()),
+        (b"x-fleetmind-replica", served.replica.encode()),
+        (b"x-fleetmind-queue-ms", b"%.1f" % (served.queue_s * 1000)),
+    ]
+    if served.is_simulated:
+        headers.append((b"x-fleetmind-simulated", b"true"))
+    return headers
+
+
+class _ClientWatch:
+    """Cancels the call it stands around as soon as its client is gone, so that the engine's slot is free at once."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._task = asyncio.current_task()
+        self._watch: asyncio.Task[None] | None = None
+        self.client_left = False
+
+    def __enter__(self) -> "_ClientWatch":
+        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._begin)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
+
+    def _begin(self) -> None:
+        self._watch = asyncio.get_running_loop().create_task(self._wait())
+
+    async def _wait(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.client_left = True
+        assert self._task is not None, "a call is answered inside a task"
+        self._task.cancel()
+
+
+def _models_lister(snapshot: Callable[[], FleetSnapshot]) -> ASGIApp:
+    async def list_models(scope: Scope, receive: Receive, send: Send) -> None:
+        fleet = snapshot()
+        principal: Principal = scope[PRINCIPAL]
+        models = [
+            {
+                "id": model.name,
+                "object": "model",
+                "created": int(model.added_at_s),
+                "owned_by": "fleetmind",
+                "ready": model.name in fleet.ready,
+            }
+            for model in sorted(fleet.models.values(), key=lambda model: model.name)
+            if not principal.models or model.name in principal.models
+        ]
+        body = _encode({"object": "list", "data": models})
+        headers = [_JSON, (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    return list_models

@@ -1,0 +1,130 @@
+"""The HTTP server: from a socket to the gate.
+
+Binds the address, refuses to be reachable from other machines without TLS, and hands every request to the gate. Knows
+nothing of models.
+"""
+
+import contextlib
+import errno
+import ipaddress
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from fleetmind.api import manage, openai
+from fleetmind.api.gate import Gate
+from fleetmind.core.config import Configuration
+from fleetmind.core.errors import ConfigurationError, Conflict
+from fleetmind.core.settings import ServerSettings
+
+BACKLOG = 2048
+# A client may keep its connection this long between two calls.
+KEEP_ALIVE_S = 75
+STOP_S_MAX = 5
+"""How long calls under way get to end when the server stops."""
+
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+
+
+class Http(uvicorn.Server):
+    """uvicorn, leaving signals to the application, which stops its parts in order."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_exposure(settings: ServerSettings) -> None:
+    """Raise ConfigurationError for an address beyond loopback without TLS, or for TLS that can't work."""
+    if bool(settings.tls_certificate) != bool(settings.tls_key):
+        raise ConfigurationError(
+            "server.tls_certificate and server.tls_key belong together.", hint="Set both, or neither."
+        )
+    for name, path in (("server.tls_certificate", settings.tls_certificate), ("server.tls_key", settings.tls_key)):
+        if path and not Path(path).is_file():
+            raise ConfigurationError(f"{name} names {path}, which is not a file.")
+    if not is_loopback(settings.host) and not settings.tls_certificate:
+        raise ConfigurationError(
+            f"server.host {settings.host} can be reached from other machines, and without TLS keys would travel in clear.",
+            hint="Set server.tls_certificate and server.tls_key, or keep server.host at 127.0.0.1.",
+        )
+
+
+def bind(settings: ServerSettings) -> socket.socket:
+    """A socket that listens at the configured address. Raises Conflict for a port in use, ConfigurationError for an
+    address that isn't ours."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((settings.host, settings.port))
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise Conflict(
+                f"Port {settings.port} of {settings.host} is in use by another program.",
+                hint="Stop it, or choose another: fleetmind up --port PORT",
+            ) from None
+        raise ConfigurationError(
+            f"Can't listen on {settings.host}:{settings.port}: {error.strerror or error}.",
+            hint="Check server.host and server.port.",
+        ) from None
+    return listener
+
+
+def url_of(settings: ServerSettings, listener: socket.socket) -> str:
+    """The address under which the server answers, with the port it really got."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"{'https' if settings.tls_certificate else 'http'}://{host}:{listener.getsockname()[1]}"
+
+
+def application(parts: manage.Parts) -> ASGIApp:
+    """The whole ASGI application: gate, calls to models, management."""
+    settings = parts.configuration.settings.server
+    direct = openai.routes(parts.gateway, parts.inventory.snapshot, settings)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return Gate(
+        manage.build(parts, direct),
+        direct,
+        keys=parts.keys,
+        metrics=parts.metrics,
+        hosts={*_LOOPBACK_NAMES, host, *settings.hosts_allowed},
+        origins=settings.origins_allowed,
+    )
+
+
+def http_server(app: ASGIApp, configuration: Configuration) -> Http:
+    """The server for ``app``; run it with ``serve(sockets=[…])``, end it by setting ``should_exit``."""
+    settings = configuration.settings.server
+    return Http(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=settings.connections_max,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=STOP_S_MAX,
+            ssl_certfile=settings.tls_certificate or None,
+            ssl_keyfile=settings.tls_key or None,
+        )
+    )
