@@ -234,4 +234,7 @@ def is_disconnect(error: BaseException) -> bool:
         return code.startswith(("08", "57P"))
     if getattr(error.orig, "sqlite_errorname", ""):
         return False
+    if "failed transaction block" in str(error.orig):
+        # pg8000's word for a commit after a failed statement: the connection is sound.
+        return False
     return error.connection_invalidated or type(error.orig).__name__ == "InterfaceError"

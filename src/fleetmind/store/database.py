@@ -77,7 +77,15 @@ class Database:
         """Damage found in the database file, empty for none. Reads all of it; PostgreSQL looks after itself."""
         if not self._engines.is_sqlite:
             return ()
-        found = await self.read(lambda connection: connection.exec_driver_sql("PRAGMA integrity_check").scalars().all())
+        try:
+            found = await self.read(
+                lambda connection: connection.exec_driver_sql("PRAGMA integrity_check").scalars().all()
+            )
+        except StoreError as error:
+            # Some damage stops the check itself.
+            if "SQLITE_CORRUPT" not in error.message:
+                raise
+            return (error.message,)
         return tuple(str(line) for line in found if line != "ok")
 
     async def close(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
 
-from fleetmind.core.errors import InvalidRequest
+from fleetmind.core.errors import InvalidRequest, JournalBroken
 from fleetmind.core.events import Event
 from fleetmind.store.database import Database
 from fleetmind.store.schema import journal, journal_head
@@ -72,7 +72,8 @@ def canonical(value: object) -> str:
 def chain_hash(before: str, position: int, at_s: float, kind: str, subject: str, data: str) -> str:
     """The hash of an entry that follows the hash ``before``; ``data`` is canonical JSON."""
     row = canonical([position, at_s, kind, subject, data])
-    return hashlib.sha256(f"{before}\n{row}".encode("ascii")).hexdigest()
+    # A hash that somebody wrote into the database can be any text; it must not fail, only not fit.
+    return hashlib.sha256(f"{before}\n{row}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 _LOCK_HEAD = (
@@ -129,7 +130,10 @@ class Journal:
         await self._database.write(lambda connection: append_in(connection, *events))
 
     async def entries(self, after: int = 0, limit: int = 100, kind: str | None = None) -> tuple[Entry, ...]:
-        """Up to ``limit`` (at most ENTRIES_MAX) entries past position ``after``, oldest first."""
+        """Up to ``limit`` (at most ENTRIES_MAX) entries past position ``after``, oldest first.
+
+        Raises JournalBroken for an entry that can't be read, StoreError.
+        """
         query = select(journal).where(journal.c.position > after).order_by(journal.c.position)
         if kind is not None:
             query = query.where(journal.c.kind == str(kind))
@@ -184,6 +188,9 @@ def _page(connection: Connection, after: int | None, limit: int) -> list[Row[Any
 
 
 def _check(row: Row[Any], position: int, before: str) -> Fault | None:
+    if not isinstance(row.position, int):
+        # SQLite keeps what it is given, whatever the column's type.
+        return Fault(position, f"is missing; {row.position!r} is in its place")
     if row.position > position:
         return Fault(position, f"is missing; {row.position} follows {position - 1}")
     if row.position < position:
@@ -198,4 +205,11 @@ def _check(row: Row[Any], position: int, before: str) -> Fault | None:
 
 
 def _entry(row: Row[Any]) -> Entry:
-    return Entry(row.position, row.at_s, row.kind, row.subject, json.loads(row.data), row.hash)
+    try:
+        data = json.loads(row.data)
+    except (TypeError, ValueError) as error:
+        raise JournalBroken(
+            f"entry {row.position} of the journal was changed: it isn't JSON",
+            hint="Run `fleetmind doctor`, and put a backup of the database in its place.",
+        ) from error
+    return Entry(row.position, row.at_s, row.kind, row.subject, data, row.hash)

@@ -159,9 +159,18 @@ class Writer:
             if not waiting:
                 self._drain(waiting)
         if holds_work:
+            self._check_transaction(connection)
             self._flush(transaction, group)
         else:
             transaction.rollback()
+
+    def _check_transaction(self, connection: Connection) -> None:
+        """Never acknowledge what SQLite has given up, should a work have hidden the error from us.
+
+        Its driver's commit does nothing when no transaction is open; PostgreSQL's raises.
+        """
+        if self._engines.is_sqlite and not getattr(connection.connection.driver_connection, "in_transaction", False):
+            raise _TransactionLost
 
     def _flush(self, transaction: RootTransaction, group: Sequence[Job]) -> None:
         began_ns = monotonic_ns()

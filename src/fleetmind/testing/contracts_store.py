@@ -7,9 +7,11 @@ was broken. Somebody who adds a database runs these against it. Nothing here kno
 import asyncio
 import threading
 from collections.abc import Awaitable
+from contextlib import suppress
 from functools import partial
 
 from sqlalchemy import Connection, Executable, delete, insert, select, text, update
+from sqlalchemy.exc import SQLAlchemyError
 
 from fleetmind.core.errors import Conflict, FleetmindError, InvalidRequest, StoreError
 from fleetmind.core.events import Event, EventKind
@@ -34,6 +36,7 @@ async def check_database(database: Database, *, reads_beside_writes: bool = True
     await _check_results(database)
     await _check_failures_stay_alone(database)
     await _check_refusals(database)
+    await _check_a_hidden_failure(database)
     await _check_cancellation(database)
     await _check_no_update_is_lost(database)
     if reads_beside_writes:
@@ -81,6 +84,20 @@ async def _check_refusals(database: Database) -> None:
     assert isinstance(refused, StoreError), f"a driver's error came through: {refused!r}"
     await database.write(lambda connection: _put(connection, "b", "1"))
     assert await database.read(_names) == ["b"], "a refused work left something behind"
+    await database.write(lambda connection: connection.execute(delete(models)).close())
+
+
+async def _check_a_hidden_failure(database: Database) -> None:
+    """A work that goes on after a failed statement: databases differ in what is left, so only a lie is wrong."""
+
+    def work(connection: Connection) -> None:
+        _put(connection, "e", "1")
+        with suppress(SQLAlchemyError):
+            _put(connection, "e", "again")
+
+    refused = await _raised(database.write(work))
+    expected = [] if refused else ["e"]
+    assert await database.read(_names) == expected, f"acknowledged, and not there (or the reverse): {refused!r}"
     await database.write(lambda connection: connection.execute(delete(models)).close())
 
 
