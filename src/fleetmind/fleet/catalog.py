@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from fleetmind.core.clock import Clock
 from fleetmind.core.errors import Conflict, InvalidModelFile, InvalidRequest, ModelNotFound, NotFound
 from fleetmind.core.events import Event, EventKind
-from fleetmind.core.settings import ModelsSettings
+from fleetmind.core.settings import Settings
 from fleetmind.core.telemetry import log
 from fleetmind.core.types import ModelName
 from fleetmind.fleet import documents, packaged
@@ -32,10 +32,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 MODELS_MAX = 1000
 REPLICAS_MAX = 64
-SLOTS_MAX = 4096
+SLOTS_MAX = 100_000
 CONTEXT_TOKENS_MIN, CONTEXT_TOKENS_MAX = 64, 16 * 1024**2
 URL_CHARS_MAX = 2048
-REMOTE_SLOTS = 256
 NEAR_MAX, NEAR_CUTOFF = 3, 0.5
 
 
@@ -56,7 +55,7 @@ class Catalog:
     def __init__(
         self,
         store: Documents,
-        settings: ModelsSettings,
+        settings: Settings,
         clock: Clock,
         *,
         home: Path,
@@ -76,8 +75,8 @@ class Catalog:
 
     # -- what it knows ------------------------------------------------------------------------------------------
 
-    async def load(self) -> None:
-        """Read every entry from the store. One that can't be read is logged and listed in ``broken``."""
+    async def load(self) -> tuple[str, ...]:
+        """Read every entry from the store; a sentence for each that can't be read, which ``broken`` also lists."""
         for name, document in (await self._store.all()).items():
             try:
                 entry = documents.read(name, document)
@@ -87,6 +86,7 @@ class Catalog:
             else:
                 self._entries[entry.model.name] = entry
         self._tell()
+        return tuple(f"the entry of model {name} can't be read: {why}" for name, why in self._broken.items())
 
     def models(self) -> Mapping[ModelName, Model]:
         """All models by name. A new mapping after each change; never changed itself."""
@@ -182,7 +182,7 @@ class Catalog:
             source=ModelSource.REMOTE,
             engine="remote",
             context_tokens=0 if context_tokens is None else _bounded("context_tokens", context_tokens),
-            slots=_bounded("slots", REMOTE_SLOTS if slots is None else slots),
+            slots=_bounded("slots", self._settings.gateway.remote_slots if slots is None else slots),
             abilities=frozenset(Ability),
             url=_checked_url(url),
             remote_model=remote_model or chosen,
@@ -284,7 +284,9 @@ class Catalog:
         replicas: int,
     ) -> Model:
         trained = header.shape.context_length_trained
-        wanted = _bounded("context_tokens", self._settings.context_tokens if context_tokens is None else context_tokens)
+        wanted = _bounded(
+            "context_tokens", self._settings.models.context_tokens if context_tokens is None else context_tokens
+        )
         note = ""
         if wanted > trained:
             asked = "asked for" if context_tokens is not None else "the default"
@@ -294,7 +296,7 @@ class Catalog:
             source=source,
             engine="llamacpp",
             context_tokens=min(wanted, trained),
-            slots=_bounded("slots", self._settings.slots if slots is None else slots),
+            slots=_bounded("slots", self._settings.models.slots if slots is None else slots),
             replicas_wanted=_bounded("replicas", replicas),
             abilities=frozenset({Ability.EMBEDDING} if header.gives_embeddings else {Ability.CHAT, Ability.COMPLETION}),
             path=path,
