@@ -1,0 +1,138 @@
+"""Tokens a second through Fleetmind beside the same engine asked directly, for 1, 4 and 16 clients, with a real model.
+
+The direct engine is a twin of Fleetmind's own replica (same program, file, context, slots and threads) and rests while
+the other is asked. Both get the same prompts in the same order, every answer has the same length, and tokens are
+counted from the usage in the answers. The ratio is the median of the rounds' ratios: a round asks both right after one
+another, first one and then the other first.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import clients, engine, processes, results
+from bench.processes import NotStarted
+from bench.server import Server
+
+MODEL = "smollm2-135m-instruct"
+CLIENTS = (1, 4, 16)
+TOKENS = 128
+DIRECT = "engine asked directly"
+RATIO_MIN = 0.97
+SUBJECTS = (
+    "a lighthouse", "the tides", "a bicycle", "bread", "the moon", "a clock", "rivers", "a compass",
+    "snow", "an orchard", "a violin", "the desert", "a bridge", "glass", "an owl", "the harbour",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One measurement of both."""
+
+    ours: clients.Outcome
+    direct: clients.Outcome
+
+
+def plan(port: int, key: str, count: int) -> clients.Plan:
+    """What ``count`` clients ask. One or four clients ask more than once, so that every measurement takes seconds."""
+    bodies = [
+        json.dumps(
+            {
+                "model": MODEL,
+                "messages": [{"role": "user", "content": f"Write a long story about {subject}."}],
+                "max_tokens": TOKENS,
+                "ignore_eos": True,
+                "temperature": 0,
+                "seed": 1,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            }
+        )
+        for subject in SUBJECTS
+    ]
+    return clients.Plan(
+        port=port,
+        path="/v1/chat/completions",
+        key=key,
+        bodies=tuple(bodies),
+        clients=count,
+        requests=max(1, 8 // count) if count < 8 else 1,
+        tokens=TOKENS,
+    )
+
+
+def measure(port: int, key: str, count: int) -> clients.Outcome:
+    """Ask once. Raises NotStarted when an answer was wrong: then there is no figure."""
+    outcome = clients.finish(clients.start(plan(port, key, count)), within_s=180)
+    if outcome.errors:
+        raise NotStarted(f"{outcome.errors} answers of {count} clients were wrong: {outcome.first_errors[0]}")
+    return outcome
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.tokens", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=8 if results.is_full() else 4)
+    rounds = parser.parse_args().rounds
+    processes.end_on_terminate()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fleetmind-bench-")))
+        # A llama-server on the PATH would be another engine than the twin's.
+        server = Server(folder / "home", preload=True, env={"FLEETMIND_NODE_LLAMA_SERVER": "off"})
+        stack.callback(server.stop)
+        key = server.create_key()
+        model = next(each for each in server.manage("GET", "/api/models")["models"] if each["name"] == MODEL)
+        direct = engine.start_llamacpp(model, folder)
+        stack.enter_context(direct.running)
+        found: dict[int, list[Round]] = {count: [] for count in CLIENTS}
+        for number in range(-1, rounds):  # the first warms both up and is dropped
+            results.say(f"round {number + 1} of {rounds}")
+            for count in CLIENTS:
+                both = _both(server.port, key, direct, count, is_ours_first=number % 2 == 0)
+                if number >= 0:
+                    found[count].append(both)
+    rows = [each for count, measured in found.items() for each in findings(count, measured)]
+    about = {"rounds": rounds, "tokens_per_answer": TOKENS, "slots": model["slots"], "model": MODEL}
+    results.publish("tokens", rows, about=about)
+    return 0
+
+
+def _both(port: int, key: str, direct: engine.Direct, count: int, *, is_ours_first: bool) -> Round:
+    if is_ours_first:
+        ours = measure(port, key, count)
+        return Round(ours, measure(direct.port, direct.key, count))
+    theirs = measure(direct.port, direct.key, count)
+    return Round(measure(port, key, count), theirs)
+
+
+def findings(count: int, measured: Sequence[Round]) -> list[results.Row]:
+    """The rows for ``count`` clients."""
+    who = f"{count} client{'s' if count > 1 else ''}"
+    return [
+        results.paired(
+            f"tokens a second, {who}",
+            "tokens/s",
+            [each.ours.tokens_per_s for each in measured],
+            [each.direct.tokens_per_s for each in measured],
+            baseline_name=DIRECT,
+            target=results.at_least(RATIO_MIN),
+        ),
+        results.paired(
+            f"time to first token, median, {who}",
+            "ms",
+            [each.ours.ttft_p50_s * 1e3 for each in measured],
+            [each.direct.ttft_p50_s * 1e3 for each in measured],
+            baseline_name=DIRECT,
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except NotStarted as problem:
+        sys.exit(str(problem))
