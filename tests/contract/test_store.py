@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import stat
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -260,6 +261,48 @@ async def test_a_restart_of_postgres_between_two_writes_goes_unnoticed(postgres:
         assert (verdict.count, verdict.fault) == (21, None)
     finally:
         await database.close()
+
+
+# Ends its own connection while it commits, as a server that dies at the worst moment does.
+DIES_AT_COMMIT = (
+    """CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS
+       $$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$""",
+    """CREATE CONSTRAINT TRIGGER die AFTER INSERT ON models DEFERRABLE INITIALLY DEFERRED
+       FOR EACH ROW WHEN (NEW.name = 'deadly') EXECUTE FUNCTION die()""",
+)
+
+
+async def test_a_connection_that_breaks_during_a_commit_is_not_repeated_but_said(postgres: Postgres) -> None:
+    database = await Database.open(postgres.create_database(next(_names)))
+    try:
+        for statement in DIES_AT_COMMIT:
+            await database.write(lambda connection, s=statement: connection.execute(text(s)).close())
+        begun: list[int] = []
+
+        def deadly(connection: Connection) -> None:
+            begun.append(1)
+            connection.execute(text("INSERT INTO models (name, document) VALUES ('deadly', '{}')"))
+
+        with pytest.raises(StoreError) as refused:
+            await database.write(deadly)
+        assert "may or may not be there" in refused.value.message
+        assert len(begun) == 1, "a work whose outcome nobody knows was done twice"
+        await Models(database).save("after", {})
+        assert list(await Models(database).all()) == ["after"]
+    finally:
+        await database.close()
+
+
+async def test_an_opening_that_is_cancelled_leaves_nothing_open(tmp_path: Path) -> None:
+    opening = asyncio.ensure_future(Database.open(f"sqlite:///{tmp_path}/f.db"))
+    await asyncio.sleep(0)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    writers = [thread for thread in threading.enumerate() if thread.name == "fleetmind-writer"]
+    for writer in writers:
+        await asyncio.to_thread(writer.join, 10)
+        assert not writer.is_alive()
 
 
 @pytest.mark.parametrize(

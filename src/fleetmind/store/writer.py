@@ -74,7 +74,12 @@ class Writer:
     async def open(self) -> None:
         """Connect and migrate. Raises StoreError; the thread has then ended."""
         self._thread.start()
-        await self._opened
+        try:
+            await asyncio.shield(self._opened)
+        except asyncio.CancelledError:
+            # Whoever wanted it has gone: let the thread end as soon as it has opened.
+            self._queue.put(None)
+            raise
 
     def hand_over(self, jobs: list[Job]) -> None:
         """Queue jobs; never blocks. How many may wait is the caller's business."""
@@ -121,7 +126,7 @@ class Writer:
             self._commit(waiting, group)
         except _TransactionLost:
             group = self._wait_again(waiting, group)
-        except (SQLAlchemyError, OSError) as error:
+        except (SQLAlchemyError, OSError, StoreError) as error:
             self._fail(group, error)
         except Exception as error:  # noqa: BLE001 - our own mistake must not leave callers waiting for ever
             self._log.exception("the writer failed", error)
