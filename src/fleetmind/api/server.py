@@ -58,7 +58,7 @@ def check_exposure(settings: ServerSettings) -> None:
             raise ConfigurationError(f"{name} names {path}, which is not a file.")
     if not is_loopback(settings.host) and not settings.tls_certificate:
         raise ConfigurationError(
-            f"server.host {settings.host} can be reached from other machines, and without TLS keys would travel in clear.",
+            f"server.host {settings.host} is reachable from other machines; without TLS keys would travel in clear.",
             hint="Set server.tls_certificate and server.tls_key, or keep server.host at 127.0.0.1.",
         )
 
