@@ -1,0 +1,113 @@
+"""A whole service inside the test's own process and event loop, spoken to over real HTTP."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from fleetmind.app import Started, serve
+from fleetmind.core.config import load
+
+QUICK = {
+    "server.port": "0",
+    "models.preload": "",
+    "fleet.reconcile_interval_s": "0.05",
+    "fleet.restart_backoff_s": "0.02",
+    "node.probe_interval_s": "0.2",
+    "node.stop_grace_s": "1",
+    "gateway.usage_flush_s": "0.05",
+    "logs.level": "warning",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response, read to its end."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return self.json()["error"]
+
+
+class Service:
+    """A running service and a client with all rights. ``user`` has only the first key's."""
+
+    def __init__(self, home: Path, started: Started, session: aiohttp.ClientSession) -> None:
+        self.home = home
+        self.started = started
+        self.url = started.url
+        self.session = session
+        self.token = started.token_file.read_text()
+        self.first_key = started.first_key
+
+    async def ask(self, method: str, path: str, *, key: str | None = "", **options: Any) -> Answer:
+        """One request; ``key`` is the operator's unless given, None for none."""
+        headers = dict(options.pop("headers", {}))
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key or self.token}"
+        async with self.session.request(method, self.url + path, headers=headers, **options) as response:
+            return Answer(response.status, response.headers, await response.read())
+
+    async def chat(self, model: str, text: str = "Hello", **fields: Any) -> Answer:
+        """One chat call."""
+        body = {"model": model, "messages": [{"role": "user", "content": text}], **fields}
+        return await self.ask("POST", "/v1/chat/completions", json=body)
+
+    async def add_fake(self, name: str = "fake", *, is_awaited: bool = True, **options: Any) -> None:
+        """A fake model with these knobs, ready unless told otherwise."""
+        fields = {k: options.pop(k) for k in ("replicas", "slots", "context_tokens") if k in options}
+        answer = await self.ask(
+            "POST", "/api/models", json={"source": "fake", "name": name, "options": options, **fields}
+        )
+        assert answer.status == 201, answer.body
+        if is_awaited:
+            await self.until_state(name, "ready")
+
+    async def until_state(self, name: str, state: str) -> dict[str, Any]:
+        """Wait until the model is in ``state``; the model."""
+        async with asyncio.timeout(30):
+            while True:
+                models = (await self.ask("GET", "/api/models")).json()["models"]
+                model = next(model for model in models if model["name"] == name)
+                if model["state"] == state:
+                    return model
+                await asyncio.sleep(0.02)  # a state of another process: there is no event to wait for
+
+    async def replicas(self, model: str = "fake") -> list[dict[str, Any]]:
+        """The replicas of a model, as the server shows them."""
+        answer = (await self.ask("GET", "/api/replicas")).json()
+        return [replica for replica in answer["replicas"] if replica["model"] == model]
+
+
+@asynccontextmanager
+async def running(home: Path, **flags: str) -> AsyncIterator[Service]:
+    """A service on ``home``; stopped in order at the end."""
+    ready: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
+    configuration = load(home, environ={}, flags=QUICK | {k.replace("__", "."): v for k, v in flags.items()})
+    serving = asyncio.ensure_future(serve(home, configuration, on_ready=ready.set_result))
+    await asyncio.wait({ready, serving}, return_when=asyncio.FIRST_COMPLETED)
+    if serving.done():
+        await serving  # raises what it failed with
+    try:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            service = Service(home, ready.result(), session)
+            yield service
+            if not serving.done():
+                await service.ask("POST", "/api/stop")
+    finally:
+        if not serving.done():
+            async with asyncio.timeout(30):
+                await serving
+        await serving
