@@ -20,7 +20,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-LOCKED := $(PIP) install --quiet --require-hashes
+LOCKED := $(PIP) install --quiet --quiet --no-compile --require-hashes
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -74,7 +74,7 @@ $(STAMPS)/model: requirements/model.txt | $(STAMPS)/runtime
 	@touch $@
 
 $(STAMPS)/package: pyproject.toml | $(STAMPS)/runtime
-	@$(PIP) install --quiet --no-index --no-deps --no-build-isolation --editable .
+	@$(PIP) install --quiet --quiet --no-index --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(STAMPS)/dev: requirements/dev.txt | $(STAMPS)/runtime

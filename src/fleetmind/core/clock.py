@@ -67,3 +67,8 @@ def secret_token(size_bytes: int = 32) -> bytes:
 def monotonic_ns() -> int:
     """The monotonic clock in whole nanoseconds, for timing the hot path."""
     return time.perf_counter_ns()
+
+
+def pause(seconds: float) -> None:
+    """Block this thread for ``seconds``. For programs without an event loop: the command line's clients."""
+    time.sleep(seconds)

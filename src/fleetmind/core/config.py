@@ -22,6 +22,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from fleetmind.core.errors import ConfigurationError
+from fleetmind.core.home import home_from
 from fleetmind.core.settings import (
     FleetSettings,
     GatewaySettings,
@@ -121,16 +122,6 @@ class Configuration:
             }
             for leaf in leaves()
         )
-
-
-def home_from(environ: Mapping[str, str]) -> Path:
-    """The directory of all state: ``FLEETMIND_HOME``, or ``~/.local/share/fleetmind``."""
-    given = environ.get("FLEETMIND_HOME", "").strip()
-    base = Path(given) if given else Path("~/.local/share/fleetmind")
-    user_home = environ.get("HOME", "")
-    if user_home and base.parts[:1] == ("~",):
-        base = Path(user_home, *base.parts[1:])
-    return base.expanduser().absolute()
 
 
 def load(home: Path, *, environ: Mapping[str, str], flags: Mapping[str, str]) -> Configuration:
