@@ -271,7 +271,7 @@ class NodeDaemon:
         entry = LedgerEntry(spec.id, process.pid, process.identity, command.argv[0], spec.model)
         await asyncio.to_thread(self._ledger.write, entry)
         self._show(replica, endpoint=endpoint, pid=process.pid)
-        await process.deliver(command.stdin)
+        process.deliver(command.stdin)
         return endpoint
 
     async def _await_ready(self, replica: _Replica, endpoint: Endpoint) -> None:

@@ -29,6 +29,8 @@ from fleetmind.node.logs import ReplicaLog
 LAUNCHER = str(Path(__file__).with_name("launch.py"))
 KILL_S_MAX = 10.0
 """How long a killed process may take to vanish; longer means it hangs in the kernel."""
+INPUT_BYTES_MAX = 60_000
+"""What a pipe takes without waiting for its reader."""
 LOG_END_S_MAX = 1.0
 """How long the last words of an ended process are waited for."""
 
@@ -77,12 +79,12 @@ class Usage:
 class EngineProcess:
     """A started process. Make one with :meth:`start`."""
 
-    def __init__(self, process: asyncio.subprocess.Process, log: ReplicaLog, lifeline: int, identity: str) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, log: ReplicaLog, pipes: "_Pipes", identity: str) -> None:
         self.pid = process.pid
         self.identity = identity
         self.log = log
         self._process = process
-        self._lifeline = lifeline
+        self._pipes = pipes
         self._ended: asyncio.Task[Exit] = asyncio.create_task(self._run_out(), name=f"process {self.pid}")
 
     @classmethod
@@ -98,38 +100,36 @@ class EngineProcess:
         """Start ``command`` in ``directory``; its stdin is not written yet (:meth:`deliver`), so that it can be
         written down first. Raises EngineStartFailed when the system refuses a process."""
         await asyncio.to_thread(_write_files, directory, command.files)
-        reading, writing = os.pipe()
         facts = {
             "parent": os.getpid(),
             "files_max": bounds.files_max,
             "oom_score": bounds.oom_score,
             "nice": bounds.nice,
         }
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", LAUNCHER, json.dumps(facts), "--", *command.argv),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                cwd=directory,
-                env=_environment(environ) | dict(command.env) | {LIFELINE_VARIABLE: str(reading)},
-                pass_fds=(reading,),
-                start_new_session=True,
-            )
-        except OSError as fault:
-            os.close(writing)
-            raise EngineStartFailed(f"cannot start a process: {fault.strerror}") from fault
-        finally:
-            os.close(reading)
-        return cls(process, log, writing, process_identity(process.pid) or "gone")
+        with _Pipes() as pipes:
+            lifeline = {LIFELINE_VARIABLE: str(pipes.lifeline.theirs)}
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-I", "-S", LAUNCHER, json.dumps(facts), "--", *command.argv),
+                    stdin=pipes.input.theirs,
+                    stdout=pipes.output.theirs,
+                    stderr=pipes.output.theirs,
+                    cwd=directory,
+                    env=_environment(environ) | dict(command.env) | lifeline,
+                    pass_fds=(pipes.lifeline.theirs,),
+                    start_new_session=True,
+                )
+            except OSError as fault:
+                pipes.close_ours()
+                raise EngineStartFailed(f"cannot start a process: {fault.strerror}") from fault
+        return cls(process, log, pipes, process_identity(process.pid) or "gone")
 
-    async def deliver(self, stdin: bytes) -> None:
+    def deliver(self, stdin: bytes) -> None:
         """Write the process's input and close it. A process that is already gone is no error here; waiting tells."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(stdin)
-        with suppress(BrokenPipeError, ConnectionResetError):
-            await self._process.stdin.drain()
-        self._process.stdin.close()
+        assert len(stdin) <= INPUT_BYTES_MAX
+        with suppress(BrokenPipeError):
+            os.write(self._pipes.input.ours, stdin)
+        self._pipes.input.close_ours()
 
     async def wait(self) -> Exit:
         """Return once the process has ended and its group with it."""
@@ -159,8 +159,11 @@ class EngineProcess:
             os.killpg(self.pid, number)
 
     async def _run_out(self) -> Exit:
-        assert self._process.stdout is not None
-        pump = asyncio.create_task(self.log.pump(self._process.stdout), name=f"log of {self.pid}")
+        output = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(output), os.fdopen(self._pipes.output.take_ours(), "rb", 0)
+        )
+        pump = asyncio.create_task(self.log.pump(output), name=f"log of {self.pid}")
         try:
             code = await self._process.wait()
             self._signal(signal.SIGKILL)  # what it started and left behind
@@ -168,8 +171,52 @@ class EngineProcess:
         finally:
             pump.cancel()
             await asyncio.wait({pump})
-            os.close(self._lifeline)
+            transport.close()
+            self._pipes.close_ours()
         return Exit(code)
+
+
+class _Pipe:
+    """A pipe between us and a process; each end is closed once."""
+
+    def __init__(self, *, is_ours_writing: bool) -> None:
+        reading, writing = os.pipe()
+        self.theirs, self._ours = (reading, writing) if is_ours_writing else (writing, reading)
+
+    @property
+    def ours(self) -> int:
+        return self._ours
+
+    def take_ours(self) -> int:
+        """Our end, whose closing is the caller's business now."""
+        taken, self._ours = self._ours, -1
+        return taken
+
+    def close_ours(self) -> None:
+        if self._ours >= 0:
+            os.close(self.take_ours())
+
+
+class _Pipes:
+    """The pipes of a process. Not asyncio's: with those the end of a process is not seen while a child of it still
+    holds its output open. Leaving the context closes the other side's ends here."""
+
+    def __init__(self) -> None:
+        self.input = _Pipe(is_ours_writing=True)
+        self.output = _Pipe(is_ours_writing=False)
+        self.lifeline = _Pipe(is_ours_writing=True)
+        self._all = (self.input, self.output, self.lifeline)
+
+    def __enter__(self) -> "_Pipes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in self._all:
+            os.close(pipe.theirs)
+
+    def close_ours(self) -> None:
+        for pipe in self._all:
+            pipe.close_ours()
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -96,8 +96,8 @@ class ReplicaSpec:
     """One wanted replica: a model on devices, served by an engine.
 
     ``path`` is the model file of an embedded engine; ``url`` the base (ending in ``/v1``) of a remote one, whose name
-    for the model is ``remote_model`` and whose key, if any, is in the environment variable ``key_env``. ``context_tokens``
-    is per slot. ``memory_bytes`` is what placement granted. ``options`` are the engine's own knobs.
+    for the model is ``remote_model`` and whose key, if any, is in the environment variable ``key_env``.
+    ``context_tokens`` is per slot. ``memory_bytes`` is what placement granted. ``options`` are the engine's own knobs.
     """
 
     id: ReplicaId
@@ -127,8 +127,8 @@ class Endpoint:
 class ReplicaReport:
     """A replica as the node sees it now.
 
-    ``reason`` says why it failed or what it is waiting for. ``slots``, ``context_tokens`` and ``abilities`` are what the
-    engine was probed to have once ready, and what was asked for before that. Times are wall clock.
+    ``reason`` says why it failed or what it is waiting for. ``slots``, ``context_tokens`` and ``abilities`` are what
+    the engine was probed to have once ready, and what was asked for before that. Times are wall clock.
     """
 
     spec: ReplicaSpec

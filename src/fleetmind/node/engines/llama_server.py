@@ -70,6 +70,7 @@ class LlamaServer:
             "--parallel": str(spec.slots),
             "--n-gpu-layers": "999" if llamacpp.uses_gpu(devices) else "0",
             "--threads": str(llamacpp.threads(devices)),
+            "--poll": str(llamacpp.POLL),
             "--threads-http": str(llamacpp.http_threads(spec)),
             "--cache-ram": str(llamacpp.CACHE_RAM_MIB),
             "--fit": "off",
