@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 
 from bench import load, processes, results, upstream
@@ -38,6 +39,9 @@ class Case:
         return f"{kind} answers, {self.connections} connection{'s' if self.connections > 1 else ''}"
 
 
+SPEED = attrgetter("requests_per_s")
+P50 = attrgetter("p50_ms")
+P99 = attrgetter("p99_ms")
 CASES = tuple(Case(is_streamed, connections) for is_streamed in (False, True) for connections in (CONNECTIONS, 1))
 
 
@@ -71,7 +75,7 @@ class Peer:
     memory: Callable[[], Memory]
     idle: Memory | None = None
     loaded: Memory | None = None
-    verified: dict[bool, load.Measured] = field(default_factory=dict)
+    verified: dict[bool, tuple[float, float]] = field(default_factory=dict)
     rounds: dict[Case, list[load.Measured]] = field(default_factory=dict)
     cpu_ms: dict[Case, list[float]] = field(default_factory=dict)
     fault: str | None = None
@@ -79,10 +83,14 @@ class Peer:
     def asked(self, case: Case) -> load.Load:
         return self.loads[case.is_streamed]
 
+    def values(self, case: Case, what: Callable[[load.Measured], float]) -> list[float]:
+        """A value of every round; none when any round was unsound."""
+        return [what(each) for each in self.rounds.get(case, [])] if self.fault is None else []
+
     def median(self, case: Case, what: Callable[[load.Measured], float]) -> float | None:
-        """The median of the rounds; None when there were none or any was unsound."""
-        rounds = self.rounds.get(case, [])
-        return results.median([what(each) for each in rounds]) if rounds and self.fault is None else None
+        """The median of the rounds; None when there are none."""
+        values = self.values(case, what)
+        return results.median(values) if values else None
 
     def cpu(self, case: Case) -> float | None:
         """Processor milliseconds a request, median of the rounds: the same number as seconds in 1000 requests."""
@@ -268,9 +276,9 @@ def matrix(peers: Sequence[Peer]) -> dict[str, dict[str, float | str]]:
     for peer in peers:
         values: dict[str, float | None] = {}
         for case in CASES:
-            values[f"{case}: requests/s"] = peer.median(case, lambda each: each.requests_per_s)
-            values[f"{case}: p50 ms"] = peer.median(case, lambda each: each.p50_ms)
-            values[f"{case}: p99 ms"] = peer.median(case, lambda each: each.p99_ms)
+            values[f"{case}: requests/s"] = peer.median(case, SPEED)
+            values[f"{case}: p50 ms"] = peer.median(case, P50)
+            values[f"{case}: p99 ms"] = peer.median(case, P99)
             values[f"{case}: processor s in 1000 requests"] = peer.cpu(case)
         for when, memory in (("idle", peer.idle), ("after the load", peer.loaded)):
             values[f"resident {when}, MB"] = memory.rss_bytes / 1e6 if memory else None
@@ -283,18 +291,27 @@ def matrix(peers: Sequence[Peer]) -> dict[str, dict[str, float | str]]:
 
 
 def measured_table(peers: Sequence[Peer]) -> str:
-    """Speed, one line a contender and way to ask."""
+    """Speed, one line a contender and way to ask; the last column is throughput as a part of the bare proxy's."""
+    bare = next((peer for peer in peers if peer.name == BARE), None)
     rows = []
     for case in CASES:
         for peer in peers:
             figures = (
-                peer.median(case, lambda each: each.requests_per_s),
-                peer.median(case, lambda each: each.p50_ms),
-                peer.median(case, lambda each: each.p99_ms),
+                peer.median(case, SPEED),
+                peer.median(case, P50),
+                peer.median(case, P99),
                 peer.cpu(case),
+                None if bare is None else of_bare(peer, bare, case),
             )
             rows.append((f"{case}: {peer.name}", *map(results.number, figures)))
-    return results.table(("", "requests/s", "p50 ms", "p99 ms", "processor s / 1000"), rows) + "\n"
+    headings = ("", "requests/s", "p50 ms", "p99 ms", "processor s / 1000", "of bare proxy")
+    return results.table(headings, rows) + "\n"
+
+
+def of_bare(peer: Peer, bare: Peer, case: Case) -> float | None:
+    """A contender's throughput in the bare proxy's, median of the rounds' ratios."""
+    mine, theirs = peer.values(case, SPEED), bare.values(case, SPEED)
+    return results.median([one / other for one, other in zip(mine, theirs, strict=True)]) if mine and theirs else None
 
 
 def cost_table(peers: Sequence[Peer]) -> str:
@@ -324,38 +341,35 @@ def findings(peers: dict[str, Peer]) -> list[results.Row]:
 
 
 def _speeds(ours: Peer, peers: dict[str, Peer]) -> Iterator[results.Row]:
-    least = {LITELLM: results.at_least(20), BARE: results.at_least(0.5), UPSTREAM: None}
+    least = {LITELLM: results.at_least(20), BARE: results.at_least(0.5)}
     for case in CASES:
         if case.connections == 1:
             continue
         for name, target in least.items():
-            for what, unit, value in (
-                ("throughput", "requests/s", lambda each: each.requests_per_s),
-                ("p50", "ms", lambda each: each.p50_ms),
-                ("p99", "ms", lambda each: each.p99_ms),
-            ):
-                is_judged = what == "throughput"
-                yield from _beside(
-                    f"{what}, {case}", unit, ours.median(case, value), name, _of(peers, name, case, value),
-                    target if is_judged else None,
-                )  # fmt: skip
+            yield from _beside(f"throughput, {case}", "requests/s", ours, peers.get(name), case, SPEED, target)
+            yield from _beside(f"p50, {case}", "ms", ours, peers.get(name), case, P50)
+            yield from _beside(f"p99, {case}", "ms", ours, peers.get(name), case, P99)
 
 
 def _latencies(ours: Peer, peers: dict[str, Peer]) -> Iterator[results.Row]:
-    def p50(each: load.Measured) -> float:
-        return each.p50_ms
-
+    """What each adds to the upstream's own median, asked one at a time."""
+    alone = peers.get(UPSTREAM)
     for case in CASES:
-        if case.connections != 1:
+        if case.connections > 1 or alone is None:
             continue
-        alone, mine = _of(peers, UPSTREAM, case, p50), ours.median(case, p50)
-        yield from _beside(f"p50, {case}", "ms", mine, UPSTREAM, alone)
-        if alone is None or mine is None:
-            continue
+        yield from _beside(f"p50, {case}", "ms", ours, alone, case, P50)
+        base, mine = alone.values(case, P50), ours.values(case, P50)
         for name in (BARE, LITELLM):
-            theirs = _of(peers, name, case, p50)
-            added = None if theirs is None else theirs - alone
-            yield from _beside(f"added at the median, {case}", "ms", mine - alone, name, added, results.at_most(0.5))
+            theirs = peers[name].values(case, P50) if name in peers else []
+            if base and theirs:
+                yield results.paired(
+                    f"added at the median, {case}",
+                    "ms",
+                    [one - zero for one, zero in zip(mine, base, strict=True)],
+                    [one - zero for one, zero in zip(theirs, base, strict=True)],
+                    baseline_name=name,
+                    target=results.at_most(0.5),
+                )
 
 
 def _costs(ours: Peer, peers: dict[str, Peer]) -> Iterator[results.Row]:
@@ -368,30 +382,34 @@ def _costs(ours: Peer, peers: dict[str, Peer]) -> Iterator[results.Row]:
             ("RSS after the load", ours.loaded, theirs.loaded, None),
         ):
             if mine is not None and other is not None:
-                yield from _beside(
-                    f"{what} of the server", "MB", mine.rss_bytes / 1e6, name, other.rss_bytes / 1e6, target
+                rss, baseline = mine.rss_bytes / 1e6, other.rss_bytes / 1e6
+                yield results.row(
+                    f"{what} of the server", "MB", rss, baseline=baseline, baseline_name=name, target=target
                 )
         for case in CASES:
             if case.connections > 1:
-                yield from _beside(f"processor in 1000 requests, {case}", "s", ours.cpu(case), name, theirs.cpu(case))
-
-
-def _of(peers: dict[str, Peer], name: str, case: Case, what: Callable[[load.Measured], float]) -> float | None:
-    peer = peers.get(name)
-    return None if peer is None else peer.median(case, what)
+                yield results.paired(
+                    f"processor in 1000 requests, {case}",
+                    "s",
+                    ours.cpu_ms[case],
+                    theirs.cpu_ms[case],
+                    baseline_name=name,
+                )
 
 
 def _beside(
     what: str,
     unit: str,
-    ours: float | None,
-    name: str,
-    theirs: float | None,
+    ours: Peer,
+    theirs: Peer | None,
+    case: Case,
+    value: Callable[[load.Measured], float],
     target: results.Target | None = None,
 ) -> Iterator[results.Row]:
     """A row if both were measured."""
-    if ours is not None and theirs is not None:
-        yield results.row(what, unit, ours, baseline=theirs, baseline_name=name, target=target)
+    mine, other = ours.values(case, value), [] if theirs is None else theirs.values(case, value)
+    if theirs is not None and mine and other:
+        yield results.paired(what, unit, mine, other, baseline_name=theirs.name, target=target)
 
 
 if __name__ == "__main__":

@@ -48,10 +48,6 @@ class Measured:
     def requests_per_s(self) -> float:
         return self.requests / self.duration_s
 
-    @property
-    def bytes_per_answer(self) -> float:
-        return self.bytes_read / self.requests
-
 
 def parse(output: str) -> Measured:
     """Read what ``wrk.lua`` printed at the end. Raises Unsound when wrk never got that far."""
@@ -72,11 +68,13 @@ def parse(output: str) -> Measured:
     )
 
 
-def fault(measured: Measured, *, connections: int, bytes_per_answer: float | None) -> str | None:
-    """Why the figures are not to be believed, or None. ``bytes_per_answer`` comes from the verified run.
+def bytes_range(measured: Measured, connections: int) -> tuple[float, float]:
+    """The least and most bytes that an answer can have had: wrk stops in the middle of up to one more a connection."""
+    return measured.bytes_read / (measured.requests + connections), measured.bytes_read / measured.requests
 
-    wrk stops in the middle of answers, so up to one more answer a connection may be in the bytes.
-    """
+
+def fault(measured: Measured, *, connections: int, verified: tuple[float, float] | None = None) -> str | None:
+    """Why the figures are not to be believed, or None. ``verified`` is the range of bytes of a right answer."""
     if measured.requests == 0:
         return "no answer at all"
     for count, what in (
@@ -87,27 +85,26 @@ def fault(measured: Measured, *, connections: int, bytes_per_answer: float | Non
     ):
         if count:
             return f"{count} of {measured.requests} {what}"
-    if bytes_per_answer is not None:
-        least = measured.requests * bytes_per_answer * (1 - BYTES_TOLERANCE)
-        most = (measured.requests + connections) * bytes_per_answer * (1 + BYTES_TOLERANCE)
-        if not least <= measured.bytes_read <= most:
-            return f"{measured.bytes_per_answer:.0f} bytes an answer where {bytes_per_answer:.0f} were verified"
+    if verified is not None:
+        least, most = bytes_range(measured, connections)
+        if most < verified[0] * (1 - BYTES_TOLERANCE) or least > verified[1] * (1 + BYTES_TOLERANCE):
+            return f"{least:.0f} to {most:.0f} bytes an answer where {verified[0]:.0f} to {verified[1]:.0f} were right"
     return None
 
 
-def verify(load: Load, *, connections: int, duration_s: float) -> Measured:
-    """Warm the server up while looking into every answer. Raises Unsound."""
+def verify(load: Load, *, connections: int, duration_s: float) -> tuple[float, float]:
+    """Warm the server up while looking into every answer; the range of bytes of a right one. Raises Unsound."""
     measured = _wrk(load, connections=connections, duration_s=duration_s, texts=load.texts)
-    problem = fault(measured, connections=connections, bytes_per_answer=None)
+    problem = fault(measured, connections=connections)
     if problem:
         raise Unsound(f"{load.url}: {problem}")
-    return measured
+    return bytes_range(measured, connections)
 
 
-def measure(load: Load, *, connections: int, duration_s: float, verified: Measured) -> Measured:
+def measure(load: Load, *, connections: int, duration_s: float, verified: tuple[float, float]) -> Measured:
     """Load without looking into the answers, but counting them. Raises Unsound."""
     measured = _wrk(load, connections=connections, duration_s=duration_s, texts=())
-    problem = fault(measured, connections=connections, bytes_per_answer=verified.bytes_per_answer)
+    problem = fault(measured, connections=connections, verified=verified)
     if problem:
         raise Unsound(f"{load.url}: {problem}")
     return measured
