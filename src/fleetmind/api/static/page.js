@@ -34,6 +34,9 @@ function since(seconds) {
   return seconds < 172800 ? `${(seconds / 3600).toFixed(1)} h` : `${Math.round(seconds / 86400)} days`;
 }
 
+// Only what changed is written, so that a person can mark and copy it.
+const setText = (id, text) => { if ($(id).textContent !== text) $(id).textContent = text; };
+
 const state = (word) =>
   element("span", { className: `badge ${GOOD.has(word) ? "good" : BAD.has(word) ? "bad" : "warn"}` }, word.replace("_", " "));
 const simulated = (is) => (is ? element("span", { className: "badge warn" }, "simulated") : null);
@@ -87,8 +90,8 @@ function show(status) {
     l.name, state(l.state), String(l.restarts), element("span", { className: "quiet" }, l.last_error ?? "")]), "None.");
   const model = (status.models.find((m) => m.state === "ready") ?? status.models[0])?.name ?? "MODEL";
   const origin = location.origin;
-  $("curl").textContent = `curl ${origin}/v1/chat/completions -H "Authorization: Bearer $FLEETMIND_KEY" \\\n  -d '{"model": "${model}", "messages": [{"role": "user", "content": "Hello"}]}'`;
-  $("python").textContent = `from openai import OpenAI\n\nclient = OpenAI(base_url="${origin}/v1", api_key="fm_…")\nreply = client.chat.completions.create(model="${model}", messages=[{"role": "user", "content": "Hello"}])\nprint(reply.choices[0].message.content)`;
+  setText("curl", `curl ${origin}/v1/chat/completions -H "Authorization: Bearer $FLEETMIND_KEY" \\\n  -d '{"model": "${model}", "messages": [{"role": "user", "content": "Hello"}]}'`);
+  setText("python", `from openai import OpenAI\n\nclient = OpenAI(base_url="${origin}/v1", api_key="fm_…")\nreply = client.chat.completions.create(model="${model}", messages=[{"role": "user", "content": "Hello"}])\nprint(reply.choices[0].message.content)`);
 }
 
 function lock(refusal) {
