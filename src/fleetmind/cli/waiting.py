@@ -1,0 +1,61 @@
+"""Waiting for a model, in words a person can follow.
+
+Asks the server again and again; never longer than is useful: a model that failed or fits nowhere is told at once.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from fleetmind.cli.client import Client
+from fleetmind.cli.exits import ServerRefused
+from fleetmind.cli.output import Output
+from fleetmind.core.clock import pause
+
+LOOK_INTERVAL_S = 0.3
+UNPLACED_LOOKS_MAX = 10
+"""A model is unplaced for a moment after it was added; if it still is after so many looks, it doesn't fit."""
+
+
+def until_ready(client: Client, name: str, output: Output, *, wait: Callable[[float], None] = pause) -> dict[str, Any]:
+    """Wait until ``name`` is served, and return it. Raises ServerRefused when it failed or fits nowhere."""
+    unplaced = 0
+    with output.waiting(f"Loading {name} …") as tell:
+        while True:
+            model = model_of(client, name)
+            if model["state"] == "ready":
+                return model
+            if model["state"] == "failed":
+                raise not_served(model["name"], model["reason"])
+            unplaced = unplaced + 1 if model["state"] == "unplaced" else 0
+            if unplaced > UNPLACED_LOOKS_MAX:
+                raise not_served(name, _refusals(client, name) or model["reason"])
+            tell(f"Loading {name}: {model['reason'] or model['state']}")
+            wait(LOOK_INTERVAL_S)
+
+
+def model_of(client: Client, name: str) -> dict[str, Any]:
+    """The catalogue's entry. Raises ServerRefused (model_not_found)."""
+    found: list[dict[str, Any]] = client.get("/api/models")["models"]
+    for model in found:
+        if model["name"] == name:
+            return model
+    raise ServerRefused(f"{name} is not in the catalogue.", code="model_not_found", hint="See: fleetmind models ls")
+
+
+def not_served(name: str, reason: str) -> ServerRefused:
+    """A model that is in the catalogue and will not become ready by waiting."""
+    return ServerRefused(
+        f"{name} is in the catalogue but can't be served: {reason}",
+        code="model_failed",
+        hint="See more with: fleetmind status, fleetmind doctor, fleetmind logs",
+    )
+
+
+def _refusals(client: Client, name: str) -> str:
+    """Why placement put it nowhere, device by device."""
+    refusals = client.get("/api/placement")["refusals"]
+    return "; ".join(
+        f"{refusal['device']}: {refusal['message']}" if refusal["device"] else refusal["message"]
+        for refusal in refusals
+        if refusal["model"] == name
+    )
