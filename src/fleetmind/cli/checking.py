@@ -3,16 +3,14 @@
 A running server is asked, since it alone may touch its database. Without one, ``cli/offline.py`` looks.
 """
 
-import asyncio
 from typing import Any
 
 import typer
 
-from fleetmind.cli.client import Client
 from fleetmind.cli.exits import Exit
 from fleetmind.cli.options import Home, Json
 from fleetmind.cli.output import Output
-from fleetmind.cli.presence import find, resolve_home
+from fleetmind.cli.presence import client_of, find, resolve_home
 
 
 def doctor(home: Home = None, json: Json = False) -> None:
@@ -21,8 +19,10 @@ def doctor(home: Home = None, json: Json = False) -> None:
     server = find(place)
     checks: list[dict[str, Any]]
     if server is not None:
-        checks = Client(server).get("/api/doctor")["checks"]
+        checks = client_of(server).get("/api/doctor")["checks"]
     else:
+        import asyncio
+
         from fleetmind.cli.offline import check_installation
 
         output.say("No server is running; looking at what a start would find.")

@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from fleetmind.cli.client import Client
 from fleetmind.cli.exits import ServerRefused
 from fleetmind.cli.options import Home, Json, Set, pairs
 from fleetmind.cli.output import Output
-from fleetmind.cli.presence import find, resolve_home
+from fleetmind.cli.presence import client_of, find, resolve_home
 
 app = typer.Typer(help="Show settings and where their values come from.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -34,7 +33,7 @@ def show(
     server = None if local or set_ else find(place)
     values: list[dict[str, Any]]
     if server is not None:
-        values = Client(server).get("/api/config")["values"]
+        values = client_of(server).get("/api/config")["values"]
         output.say(f"As the running server (process {server.pid}) has them; --local shows the next start's.")
     else:
         from fleetmind.core.config import load

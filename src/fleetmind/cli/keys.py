@@ -4,11 +4,10 @@ from typing import Annotated, Any
 
 import typer
 
-from fleetmind.cli.client import Client
 from fleetmind.cli.exits import ServerRefused
 from fleetmind.cli.options import Home, Json
 from fleetmind.cli.output import Output
-from fleetmind.cli.presence import require, resolve_home
+from fleetmind.cli.presence import connect, resolve_home
 
 app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -36,7 +35,7 @@ def create(
     if expires is not None:
         wanted["expires_in_s"] = seconds(expires)
     output = Output(is_json=json)
-    made = Client(require(resolve_home(home))).post("/api/keys", wanted)
+    made = connect(resolve_home(home)).post("/api/keys", wanted)
     if json:
         output.result(made, str)
     else:
@@ -47,7 +46,7 @@ def create(
 @app.command("ls")
 def ls(home: Home = None, json: Json = False) -> None:
     """List all keys, without their text."""
-    found = Client(require(resolve_home(home))).get("/api/keys")
+    found = connect(resolve_home(home)).get("/api/keys")
 
     def view() -> Any:
         from fleetmind.cli import views
@@ -64,7 +63,7 @@ def revoke(
     json: Json = False,
 ) -> None:
     """End a key at once."""
-    client = Client(require(resolve_home(home)))
+    client = connect(resolve_home(home))
     chosen = choose(key, client.get("/api/keys")["keys"])
     client.delete("/api/keys", chosen["id"])
     Output(is_json=json).result({"revoked": chosen["id"]}, lambda: f"Revoked {chosen['id']} ({chosen['name']}).")

@@ -3,17 +3,19 @@
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fleetmind import __version__
-from fleetmind.cli.client import Client
 from fleetmind.cli.exits import ServerRefused
 from fleetmind.cli.options import Home, Json
 from fleetmind.cli.output import Output
-from fleetmind.cli.presence import find, require, resolve_home
+from fleetmind.cli.presence import connect, find, resolve_home
 from fleetmind.core.clock import pause
+
+if TYPE_CHECKING:
+    from fleetmind.cli.client import Client
 
 WATCH_INTERVAL_S = 1.0
 FOLLOW_INTERVAL_S = 0.5
@@ -32,7 +34,7 @@ def status(
 
     from fleetmind.cli import views
 
-    output, client = Output(is_json=json), Client(require(resolve_home(home)))
+    output, client = Output(is_json=json), connect(resolve_home(home))
 
     def look() -> RenderableType:
         return views.status(client.get("/api/status"))
@@ -70,7 +72,7 @@ def logs(
         found = _last_lines(place / "logs" / "server.log", lines)
         output.say("No server is running; these are the last one's lines.")
     else:
-        client = Client(require(place))
+        client = connect(place)
         path = "/api/logs" if replica is None else f"/api/replicas/{_replica_id(replica, client)}/log"
         if follow:
             _print(output, followed(lambda: client.get(path, lines=FOLLOW_LINES)["lines"], first=lines))
@@ -123,7 +125,7 @@ def _last_lines(path: Any, count: int) -> list[str]:
     return read_tail(path, count)
 
 
-def _replica_id(wanted: str, client: Client) -> str:
+def _replica_id(wanted: str, client: "Client") -> str:
     """The one replica whose id begins with ``wanted``. Raises ServerRefused (not_found, conflict)."""
     ids = [replica["id"] for replica in client.get("/api/replicas")["replicas"]]
     matches = [wanted] if wanted in ids else [one for one in ids if one.startswith(wanted)]

@@ -10,9 +10,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fleetmind.cli.exits import Unreachable
 from fleetmind.core.home import home_from
+
+if TYPE_CHECKING:
+    from fleetmind.cli.client import Client
 
 SERVER_FILE_BYTES_MAX = 65536
 START_TOLERANCE_S = 2.0
@@ -47,6 +51,18 @@ def require(home: Path) -> Running:
     if running is None:
         raise Unreachable(f"No server is running on {home}.", hint="Start it with: fleetmind up")
     return running
+
+
+def connect(home: Path) -> "Client":
+    """A client of the server that runs on ``home``. Raises Unreachable."""
+    return client_of(require(home))
+
+
+def client_of(server: Running) -> "Client":
+    """A client of ``server``. What HTTP needs is imported here, so that help and usage errors don't wait for it."""
+    from fleetmind.cli.client import Client
+
+    return Client(server)
 
 
 def lives(pid: int, started_at_s: float) -> bool:

@@ -4,10 +4,8 @@ The server itself is ``fleetmind.app``; here is what its owner sees: what it fou
 for. With ``--detach`` the same command is run once more in a session of its own, and this one ends when that is ready.
 """
 
-import asyncio
 import json as jsonlib
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +15,10 @@ import typer
 
 from fleetmind import __version__
 from fleetmind.cli.banner import banner
-from fleetmind.cli.client import Client
 from fleetmind.cli.exits import ServerRefused, Unreachable
 from fleetmind.cli.options import Home, Json, Set, pairs
 from fleetmind.cli.output import Output
-from fleetmind.cli.presence import find, resolve_home
+from fleetmind.cli.presence import client_of, find, resolve_home
 from fleetmind.core.errors import Conflict, FleetmindError
 
 if TYPE_CHECKING:
@@ -71,7 +68,7 @@ def down(
         output.result({"stopped": False, "was_running": False}, lambda: f"No server is running on {place}.")
         return
     try:
-        Client(server).post("/api/stop")
+        client_of(server).post("/api/stop")
     except Unreachable:
         output.say("It does not answer; asking its process to end.")
         psutil.Process(server.pid).terminate()
@@ -101,6 +98,8 @@ def refuse_second(home: Path) -> None:
 
 def _serve(home: Path, flags: Mapping[str, str], output: Output) -> None:
     """Run the server in this process until it is told to stop."""
+    import asyncio
+
     from fleetmind.app import serve
     from fleetmind.core.config import load
 
@@ -166,7 +165,10 @@ def _loop_factory() -> Any:
 
 def _detach(home: Path, flags: Mapping[str, str], output: Output) -> None:
     """Start a server in a session of its own, and return when it is ready or has given up."""
-    (home / "logs").mkdir(parents=True, exist_ok=True, mode=0o700)
+    import subprocess
+
+    for folder in (home, home / "logs"):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     said = home / "logs" / DETACHED_LOG
     settings = [part for name, value in flags.items() for part in ("--set", f"{name}={value}")]
     command = [sys.executable, "-m", "fleetmind.cli.main", "up", "--json", "--home", str(home), *settings]

@@ -6,18 +6,20 @@ The answer is printed as it comes. While the model is loading the server says wh
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fleetmind.cli.client import Client
 from fleetmind.cli.exits import ServerRefused
 from fleetmind.cli.options import Home, Json
 from fleetmind.cli.output import Output
-from fleetmind.cli.presence import require, resolve_home
+from fleetmind.cli.presence import connect, resolve_home
 from fleetmind.cli.waiting import model_of, not_served
 from fleetmind.core.clock import SystemClock, pause
 from fleetmind.core.errors import FleetmindError
+
+if TYPE_CHECKING:
+    from fleetmind.cli.client import Client
 
 CHAT_PATH = "/v1/chat/completions"
 RETRY_S_MAX = 5.0
@@ -51,7 +53,7 @@ def ask(
     git diff | fleetmind ask - --system "Write a commit message for this diff."
     """
     output = Output(is_json=json)
-    client = Client(require(resolve_home(home)))
+    client = connect(resolve_home(home))
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise typer.BadParameter("there is nothing to ask")
@@ -77,7 +79,7 @@ def chat(
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer, Ctrl-D ends. With --json: a line of JSON per answer."""
     output = Output(is_json=json)
-    client = Client(require(resolve_home(home)))
+    client = connect(resolve_home(home))
     talk = Conversation(client, model or choose_model(client), output, system=system, max_tokens=max_tokens)
     talk.wait_s = wait_s
     if sys.stdin.isatty():
@@ -96,7 +98,7 @@ class Conversation:
     """What was said so far, and with whom."""
 
     def __init__(
-        self, client: Client, model: str, output: Output, *, system: str | None = None, max_tokens: int | None = None
+        self, client: "Client", model: str, output: Output, *, system: str | None = None, max_tokens: int | None = None
     ) -> None:
         self.model = model
         self.wait_s = 300.0
@@ -161,7 +163,7 @@ class Conversation:
             self._output.write("\n")
 
 
-def choose_model(client: Client) -> str:
+def choose_model(client: "Client") -> str:
     """The first model that can chat, ready ones first, then loading ones. Raises ServerRefused if there is none."""
     order = ("ready", "loading", "unplaced", "failed")
     models = [model for model in client.get("/api/models")["models"] if "chat" in model["abilities"]]
@@ -174,7 +176,7 @@ def choose_model(client: Client) -> str:
     return str(min(models, key=lambda model: order.index(model["state"]))["name"])
 
 
-def answer(client: Client, body: Mapping[str, object], output: Output, wait_s: float) -> Iterator[str]:
+def answer(client: "Client", body: Mapping[str, object], output: Output, wait_s: float) -> Iterator[str]:
     """The parts of the answer as they come. Says on standard error when the answer was cut at a limit."""
     asked = {**body, "stream": True}
     with ExitStack() as stack:
@@ -192,7 +194,7 @@ def answer(client: Client, body: Mapping[str, object], output: Output, wait_s: f
 
 def patiently(
     ask_once: Callable[[], Any],
-    client: Client,
+    client: "Client",
     model: str,
     output: Output,
     wait_s: float,

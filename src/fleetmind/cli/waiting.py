@@ -4,19 +4,23 @@ Asks the server again and again; never longer than is useful: a model that faile
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fleetmind.cli.client import Client
 from fleetmind.cli.exits import ServerRefused
 from fleetmind.cli.output import Output
 from fleetmind.core.clock import pause
+
+if TYPE_CHECKING:
+    from fleetmind.cli.client import Client
 
 LOOK_INTERVAL_S = 0.3
 UNPLACED_LOOKS_MAX = 10
 """A model is unplaced for a moment after it was added; if it still is after so many looks, it doesn't fit."""
 
 
-def until_ready(client: Client, name: str, output: Output, *, wait: Callable[[float], None] = pause) -> dict[str, Any]:
+def until_ready(
+    client: "Client", name: str, output: Output, *, wait: Callable[[float], None] = pause
+) -> dict[str, Any]:
     """Wait until ``name`` is served, and return it. Raises ServerRefused when it failed or fits nowhere."""
     unplaced = 0
     with output.waiting(f"Loading {name} …") as tell:
@@ -33,7 +37,7 @@ def until_ready(client: Client, name: str, output: Output, *, wait: Callable[[fl
             wait(LOOK_INTERVAL_S)
 
 
-def model_of(client: Client, name: str) -> dict[str, Any]:
+def model_of(client: "Client", name: str) -> dict[str, Any]:
     """The catalogue's entry. Raises ServerRefused (model_not_found)."""
     found: list[dict[str, Any]] = client.get("/api/models")["models"]
     for model in found:
@@ -51,7 +55,7 @@ def not_served(name: str, reason: str) -> ServerRefused:
     )
 
 
-def _refusals(client: Client, name: str) -> str:
+def _refusals(client: "Client", name: str) -> str:
     """Why placement put it nowhere, device by device."""
     refusals = client.get("/api/placement")["refusals"]
     return "; ".join(

@@ -4,7 +4,6 @@ Everything that needs the hour, a pause or a die takes a Clock or Dice as a valu
 move time by hand and replay a seed. Nothing else in the project imports ``time``, ``random`` or ``secrets``.
 """
 
-import asyncio
 import random
 import secrets
 import time
@@ -40,6 +39,8 @@ class SystemClock:
         return time.monotonic()
 
     async def sleep(self, seconds: float) -> None:
+        import asyncio  # who sleeps here has it already; the command line's clients never need it
+
         await asyncio.sleep(seconds)
 
 
