@@ -362,8 +362,7 @@ class Reconciler:
         except StoreError as error:
             self._log.warning("the journal can't be written", entries=len(batch), reason=error.message)
             return
-        for _ in batch:
-            self._events.popleft()
+        self._events.clear()  # nothing was added meanwhile: only a step does, and this is still one
 
     def _show_metrics(self) -> None:
         fleet, metrics = self._inventory.snapshot(), self._metrics

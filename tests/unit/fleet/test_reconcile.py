@@ -421,8 +421,13 @@ async def test_no_wake_up_is_lost(world: World) -> None:
 
 async def test_steps_do_not_overlap(world: World) -> None:
     await world.catalog.add_fake("m", {})
-    await asyncio.gather(*(world.step() for _ in range(10)))
+    world.journal.may_write.clear()
+    steps = [asyncio.create_task(world.step()) for _ in range(10)]
+    await settle()
+    world.journal.may_write.set()
+    await asyncio.gather(*steps)
     assert world.node.begun() == 1
+    assert world.journal.kinds() == ["replica.starting", "placement.planned"]
 
 
 async def test_devices_are_read_once_an_interval_however_often_it_is_woken(world: World) -> None:
