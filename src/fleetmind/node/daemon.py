@@ -161,7 +161,7 @@ class NodeDaemon:
         known = self._replicas.get(spec.id)
         if known is not None:
             return known.report
-        engine = self._engine_of(spec)
+        engine, devices = self._engine_of(spec), self._devices_of(spec)
         _check_name(spec.id)
         replica = _Replica(
             engine=engine,
@@ -173,7 +173,7 @@ class NodeDaemon:
                 context_tokens=spec.context_tokens,
                 abilities=spec.abilities,
                 created_at_s=self._clock.now_s(),
-                is_simulated=engine.facts.is_simulated or any(d.is_simulated for d in self._devices_of(spec)),
+                is_simulated=engine.facts.is_simulated or any(device.is_simulated for device in devices),
             ),
             verdict=asyncio.get_running_loop().create_future(),
         )

@@ -47,9 +47,10 @@ def open_devices(settings: NodeSettings, clock: Clock) -> "DeviceReader":
 class DeviceReader:
     """All devices of this machine."""
 
-    def __init__(self, sources: Sequence[DeviceSource], clock: Clock) -> None:
+    def __init__(self, sources: Sequence[DeviceSource], clock: Clock, *, read_s_max: float = READ_S_MAX) -> None:
         self._sources = sources
         self._clock = clock
+        self._read_s_max = read_s_max
         self._devices: tuple[Device, ...] = ()
         self._readings: dict[DeviceId, DeviceReading] = {}
         self._reading: asyncio.Task[list[tuple[DeviceReading, ...]]] | None = None
@@ -69,13 +70,13 @@ class DeviceReader:
         if self._reading is None:  # a driver that hangs must not collect threads
             self._reading = asyncio.create_task(self._read_sources(), name="device reading")
         fault = ""
-        done, _ = await asyncio.wait({self._reading}, timeout=READ_S_MAX)
+        done, _ = await asyncio.wait({self._reading}, timeout=self._read_s_max)
         if done:
             for reading in (reading for readings in self._reading.result() for reading in readings):
                 self._readings[reading.device_id] = reading
             self._reading = None
         else:
-            fault = f"the driver has not answered for {READ_S_MAX:.0f} s"
+            fault = f"the driver has not answered for {self._read_s_max:g} s"
         return tuple(self._last(device, fault) for device in self._devices)
 
     async def _read_sources(self) -> list[tuple[DeviceReading, ...]]:

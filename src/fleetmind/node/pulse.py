@@ -18,17 +18,17 @@ from fleetmind.node.engine import Health, HealthState
 PROBE_FAILURES_MAX = 3
 SILENT_S_MAX = 120.0
 PROGRESS_MIN = 0.05
-"""Less progress than this between two probes is none: an idle server ticks too."""
+"""Less progress than this during PROBE_FAILURES_MAX probes is none: an idle server ticks too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pulse:
-    """What is remembered between probes. ``progress`` is any number that only grows while the engine works."""
+    """What is remembered between probes. ``progress`` is any number that only grows while the engine works, as it was
+    when the failures began to be counted."""
 
     failures: int = 0
     silent_since_s: float = 0.0
     progress: float = 0.0
-    has_moved: bool = False
 
 
 def judge(pulse: Pulse, health: Health, *, progress: float, at_s: float) -> tuple[Pulse, str]:
@@ -39,17 +39,12 @@ def judge(pulse: Pulse, health: Health, *, progress: float, at_s: float) -> tupl
         return pulse, health.detail or "the engine says that it failed"
     if pulse.failures == 0:
         return Pulse(failures=1, silent_since_s=at_s, progress=progress), ""
-    seen = replace(
-        pulse,
-        failures=pulse.failures + 1,
-        progress=progress,
-        has_moved=pulse.has_moved or progress - pulse.progress >= PROGRESS_MIN,
-    )
+    seen = replace(pulse, failures=pulse.failures + 1)
     silent_s = at_s - seen.silent_since_s
     if silent_s >= SILENT_S_MAX:  # 5
         return seen, f"has not answered for {silent_s:.0f} s: {health.detail}"
     if seen.failures < PROBE_FAILURES_MAX:  # 3
         return seen, ""
-    if seen.has_moved:
-        return replace(seen, has_moved=False, failures=1), ""
+    if progress - pulse.progress >= PROGRESS_MIN:  # it moves: count anew from here
+        return replace(seen, failures=1, progress=progress), ""
     return seen, f"hangs: {seen.failures} probes without answer and no progress: {health.detail}"  # 4

@@ -20,6 +20,7 @@ Whatever the file cannot mean is refused with its line. Invariant: every device 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from fleetmind.core.errors import ConfigurationError
 from fleetmind.core.types import DeviceId, parse_bytes
 from fleetmind.node.protocol import Device, DeviceKind, DeviceProcess, DeviceReading
 
-FILE_BYTES_MAX = 262144
+FILE_BYTES_MAX = 65536
 DEVICES_MAX = 4096
+LABELS_MAX = 64
+DEPTH_MAX = 32
 MEMORY_BYTES_MAX = 1 << 50
 FOREIGN_PID = 0
 """The pid of the simulated process that holds foreign memory; no real process has it."""
@@ -44,6 +47,9 @@ class _Simulated:
     utilisation: float | None
     temperature_c: float | None
     power_w: float | None
+
+
+_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
 class SimulatedDevices:
@@ -83,39 +89,33 @@ def _load(path: Path) -> tuple[_Simulated, ...]:
             text = file.read(FILE_BYTES_MAX + 1)
     except OSError as fault:
         raise ConfigurationError(f"{path}: {fault.strerror}", param="node.devices_file") from fault
-    file_ = _File(path)
+    where = _File(path)
     if len(text) > FILE_BYTES_MAX:
-        raise file_.fault(None, f"larger than {FILE_BYTES_MAX} bytes")
-    loader = yaml.SafeLoader(text)
+        raise where.fault(None, f"larger than {FILE_BYTES_MAX} bytes")
+    if max(accumulate((_STEPS.get(byte, 0) for byte in text), initial=0)) > DEPTH_MAX:
+        raise where.fault(None, "nested too deeply")  # the parser would take seconds to find that out
     try:
-        root = loader.get_single_node()
-        top = file_.mapping(loader, root, {"devices": None})
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as fault:
-        raise file_.fault(fault.problem_mark, fault.problem or "not YAML") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as fault:
-        raise file_.fault(None, f"not YAML: {fault}") from None
-    finally:
-        loader.dispose()
-    listed = top.get("devices")
-    if listed is None or not isinstance(listed.node, yaml.SequenceNode) or not listed.node.value:
-        raise file_.fault(root.start_mark if root else None, "needs a list of devices under 'devices:'")
+        raise where.fault(fault.problem_mark, fault.problem or "not YAML") from None
+    except (yaml.YAMLError, RecursionError) as fault:
+        raise where.fault(None, f"not YAML: {fault}") from None
+    return _devices(where, root)
+
+
+def _devices(where: "_File", root: Any) -> tuple[_Simulated, ...]:
+    listed = where.entries(root, {"devices": None}).get("devices")
+    if not isinstance(listed, yaml.SequenceNode) or not listed.value:
+        raise where.fault(root.start_mark if root else None, "needs a list of devices under 'devices:'")
     found: dict[DeviceId, _Simulated] = {}
-    for node in listed.node.value:
-        for entry in _devices(file_, file_.mapping(loader, node, _KEYS), node, len(found)):
+    for node in listed.value:
+        for entry in _entry(where, node, len(found)):
             if entry.device.id in found:
-                raise file_.fault(node.start_mark, f"a second device named {entry.device.id!r}")
+                raise where.fault(node.start_mark, f"a second device named {entry.device.id!r}")
             found[entry.device.id] = entry
             if len(found) > DEVICES_MAX:
-                raise file_.fault(node.start_mark, f"more than {DEVICES_MAX} devices")
+                raise where.fault(node.start_mark, f"more than {DEVICES_MAX} devices")
     return tuple(found.values())
-
-
-@dataclass(frozen=True, slots=True)
-class _Value:
-    """A value of the file and where it stands."""
-
-    node: yaml.Node
-    value: Any
 
 
 class _File:
@@ -130,36 +130,34 @@ class _File:
             f"{self._path}{line}: {message}", hint="see fleetmind.node.simulated", param="node.devices_file"
         )
 
-    def mapping(self, loader: yaml.SafeLoader, node: Any, keys: Mapping[str, Any]) -> dict[str, _Value]:
-        """The entries of a mapping whose keys are all among ``keys``, each only once."""
+    def entries(self, node: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+        """The nodes of a mapping whose keys are all among ``known``, each only once."""
         if not isinstance(node, yaml.MappingNode):
-            raise self.fault(node.start_mark if node else None, f"expected entries like {', '.join(keys)}")
-        found: dict[str, _Value] = {}
+            raise self.fault(node.start_mark if node else None, f"expected entries like {', '.join(known)}")
+        found: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = key_node.value
-            if key not in keys:
-                raise self.fault(key_node.start_mark, f"unknown entry {key!r}; known are {', '.join(keys)}")
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
+            if key not in known:
+                raise self.fault(key_node.start_mark, f"unknown entry {key!r}; known are {', '.join(known)}")
             if key in found:
                 raise self.fault(key_node.start_mark, f"{key} is there twice")
-            value = value_node.value if isinstance(value_node, yaml.ScalarNode) else None
-            if key == "labels":
-                value = loader.construct_document(value_node)
-            found[key] = _Value(value_node, value)
+            found[key] = value_node
         return found
 
 
-def _devices(file: _File, entry: Mapping[str, _Value], node: Any, index: int) -> list[_Simulated]:
+def _entry(where: _File, node: Any, index: int) -> list[_Simulated]:
+    nodes = where.entries(node, _KEYS)
     values: dict[str, Any] = {}
-    for key, given in entry.items():
+    for key, value_node in nodes.items():
         try:
-            values[key] = _KEYS[key](given.value)
-        except (ValueError, TypeError, AttributeError) as fault:
-            raise file.fault(given.node.start_mark, f"{key}: {fault}") from None
+            values[key] = _KEYS[key](value_node)
+        except ValueError as fault:
+            raise where.fault(value_node.start_mark, f"{key}: {fault}") from None
     for needed in ("name", "memory"):
         if needed not in values:
-            raise file.fault(node.start_mark, f"a device needs a {needed}")
+            raise where.fault(node.start_mark, f"a device needs a {needed}")
     if values.get("foreign_memory", 0) > values["memory"]:
-        raise file.fault(entry["foreign_memory"].node.start_mark, "foreign_memory is more than memory")
+        raise where.fault(nodes["foreign_memory"].start_mark, "foreign_memory is more than memory")
     count, kind = values.get("count"), values.get("kind", DeviceKind.CUDA)
     names = [values["name"]] if count is None else [f"{values['name']}-{at}" for at in range(count)]
     return [
@@ -183,27 +181,36 @@ def _devices(file: _File, entry: Mapping[str, _Value], node: Any, index: int) ->
     ]
 
 
-def _name(value: str) -> str:
+def _text(node: Any) -> str:
+    if not isinstance(node, yaml.ScalarNode):
+        raise ValueError("expected a plain value")
+    return str(node.value)
+
+
+def _name(node: Any) -> str:
+    value = _text(node)
     if not value or len(value) > 64 or not all(char.isalnum() or char in "-_." for char in value):
         raise ValueError(f"{value!r} is no name; use up to 64 letters, digits, '-', '_' and '.'")
     return value
 
 
-def _kind(value: str) -> DeviceKind:
+def _kind(node: Any) -> DeviceKind:
+    value = _text(node)
     if value not in set(DeviceKind):
         raise ValueError(f"{value!r} is no kind; use {' or '.join(DeviceKind)}")
     return DeviceKind(value)
 
 
-def _memory(value: str) -> int:
-    size = parse_bytes(value)
+def _memory(node: Any) -> int:
+    size = parse_bytes(_text(node))
     if size > MEMORY_BYTES_MAX:
-        raise ValueError(f"{value} is more than a device can have")
+        raise ValueError(f"{_text(node)} is more than a device can have")
     return size
 
 
-def _whole(least: int, most: int) -> Callable[[str], int]:
-    def read(value: str) -> int:
+def _whole(least: int, most: int) -> Callable[[Any], int]:
+    def read(node: Any) -> int:
+        value = _text(node)
         if not value.isascii() or not value.isdigit() or len(value) > 9 or not least <= int(value) <= most:
             raise ValueError(f"{value!r} is not a whole number from {least} to {most}")
         return int(value)
@@ -211,25 +218,23 @@ def _whole(least: int, most: int) -> Callable[[str], int]:
     return read
 
 
-def _number(least: float, most: float) -> Callable[[str], float]:
-    def read(value: str) -> float:
+def _number(least: float, most: float) -> Callable[[Any], float]:
+    def read(node: Any) -> float:
         try:
-            number = float(value)
+            number = float(_text(node))
         except ValueError:
             number = math.nan
         if not least <= number <= most:
-            raise ValueError(f"{value!r} is not a number from {least:g} to {most:g}")
+            raise ValueError(f"{_text(node)!r} is not a number from {least:g} to {most:g}")
         return number
 
     return read
 
 
-def _labels(value: Any) -> dict[str, str]:
-    if not isinstance(value, dict) or len(value) > 64:
-        raise ValueError("expected at most 64 names with values")
-    if any(not isinstance(part, str | int | float) for pair in value.items() for part in pair):
-        raise ValueError("names and values must be plain")
-    return {str(name)[:256]: str(text)[:256] for name, text in value.items()}
+def _labels(node: Any) -> dict[str, str]:
+    if not isinstance(node, yaml.MappingNode) or len(node.value) > LABELS_MAX:
+        raise ValueError(f"expected at most {LABELS_MAX} names with values")
+    return {_text(name)[:256]: _text(value)[:256] for name, value in node.value}
 
 
 _KEYS: Mapping[str, Callable[[Any], Any]] = {

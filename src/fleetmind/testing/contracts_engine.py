@@ -169,7 +169,7 @@ async def _survives_nonsense(client: _Client) -> None:
 
 
 async def _status(request: Any) -> int | None:
-    """The status of the answer; None when the server closed while the body was being sent, as it may when it refuses."""
+    """The status of the answer; None when the server closed while the body was sent, as one that refuses may."""
     try:
         async with request as response:
             return int(response.status)

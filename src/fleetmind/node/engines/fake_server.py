@@ -79,9 +79,8 @@ class Slots:
                 await turn
             except asyncio.CancelledError:
                 if turn.done() and not turn.cancelled():  # given to us while we were leaving
-                    self.active -= 1
-                    self.hand_on(limit)
-                else:
+                    self.give_back(limit)
+                elif turn in self._waiting:
                     self._waiting.remove(turn)
                 raise
         else:
