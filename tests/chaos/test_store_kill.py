@@ -10,6 +10,7 @@ import pytest
 
 from fleetmind.core.clock import Dice
 from fleetmind.store.database import Database
+from fleetmind.store.integrity import fault_of
 from fleetmind.store.journal import Journal
 from fleetmind.store.models import Models
 
@@ -21,6 +22,7 @@ CHILD = """
 import asyncio, os, sys
 from fleetmind.core.events import Event, EventKind
 from fleetmind.store.database import Database
+from fleetmind.store.integrity import fault_of
 from fleetmind.store.models import Models
 
 async def writer(models, first, step):
@@ -82,10 +84,10 @@ async def _check(path: Path, acknowledged: set[int]) -> None:
     try:
         kept = {int(name[1:]) for name in await Models(database).all()}
         verdict = await Journal(database).verify()
-        damage = await database.check()
+        damage = await fault_of(database, is_thorough=True)
     finally:
         await database.close()
     assert acknowledged <= kept, f"lost: {sorted(acknowledged - kept)[:10]}"
-    assert damage == ()
+    assert damage is None
     assert verdict.fault is None, str(verdict.fault)
     assert verdict.count == len(kept), "a change and its event came apart"

@@ -65,6 +65,12 @@ def make_engines(url_text: str) -> Engines:
 
     Raises StoreError for an address that isn't one of these, and for a database file that can't be made.
     """
+    if url_text.startswith("sqlite://"):
+        # The path as it stands: SQLAlchemy would take a percent sign or a question mark in it for its own.
+        path = url_text.removeprefix("sqlite://")
+        if path and not path.startswith("/"):
+            raise StoreError(f"store.url {url_text} names a host", hint="Write sqlite:///PATH, with three slashes.")
+        return _sqlite(URL.create("sqlite", database=path[1:] or None), url_text)
     try:
         url = make_url(url_text)
     except (ArgumentError, ValueError):
@@ -73,12 +79,11 @@ def make_engines(url_text: str) -> Engines:
             "store.url is not an address", hint="Write sqlite:///PATH or postgresql://user:password@host/name."
         ) from None
     backend = url.get_backend_name()
-    shown = url.render_as_string(hide_password=True)
-    if backend == "sqlite":
-        return _sqlite(url, shown)
-    if backend == "postgresql":
-        return _postgres(url, shown)
-    raise StoreError(f"store.url names {backend}, which is not supported", hint="Use sqlite:///PATH or postgresql://….")
+    if backend != "postgresql":
+        raise StoreError(
+            f"store.url names {backend}, which is not supported", hint="Use sqlite:///PATH or postgresql://…."
+        )
+    return _postgres(url, url.render_as_string(hide_password=True))
 
 
 def _sqlite(url: URL, shown: str) -> Engines:
@@ -221,6 +226,11 @@ def postgres_code(error: BaseException) -> str | None:
 def _postgres_message(orig: object) -> str:
     fields = orig.args[0] if isinstance(orig, BaseException) else {}
     return str(fields.get("M", orig)) if isinstance(fields, dict) else str(orig)
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether another process holds the SQLite file just now."""
+    return isinstance(error, DBAPIError) and getattr(error.orig, "sqlite_errorname", "").startswith("SQLITE_BUSY")
 
 
 def is_disconnect(error: BaseException) -> bool:

@@ -73,21 +73,6 @@ class Database:
         self._check_open()
         return await self._loop.run_in_executor(self._readers, self._read, work)
 
-    async def check(self) -> tuple[str, ...]:
-        """Damage found in the database file, empty for none. Reads all of it; PostgreSQL looks after itself."""
-        if not self._engines.is_sqlite:
-            return ()
-        try:
-            found = await self.read(
-                lambda connection: connection.exec_driver_sql("PRAGMA integrity_check").scalars().all()
-            )
-        except StoreError as error:
-            # Some damage stops the check itself.
-            if "SQLITE_CORRUPT" not in error.message:
-                raise
-            return (error.message,)
-        return tuple(str(line) for line in found if line != "ok")
-
     async def close(self) -> None:
         """Finish the works accepted, then disconnect. Later works are refused; closing again is harmless."""
         if self._closing is None:
@@ -109,9 +94,8 @@ class Database:
         return await future
 
     def _hand_over(self) -> None:
-        if self._fresh:
-            jobs, self._fresh = self._fresh, []
-            self._writer.hand_over(jobs)
+        jobs, self._fresh = self._fresh, []
+        self._writer.hand_over(jobs)
 
     def _settle(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
@@ -132,7 +116,6 @@ class Database:
             raise translate(error, self.shown) from error
 
     async def _close(self) -> None:
-        self._hand_over()
         if self._readers is not None:
             await asyncio.to_thread(self._readers.shutdown)
         if self._engines.readers is not None:

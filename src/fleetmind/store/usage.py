@@ -5,6 +5,7 @@ Counts; it knows no prices and no limits. Invariant: a call is counted once, how
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, select
@@ -36,6 +37,7 @@ class UsageRow:
 
 
 _FIELDS = tuple(field.name for field in fields(UsageRow))
+_values = attrgetter(*_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Usage:
     async def append(self, rows: Sequence[UsageRow]) -> None:
         """Write rows, all or none. A call already there is left as it is, so a batch may be repeated."""
         if rows:
-            values = [{name: getattr(row, name) for name in _FIELDS} for row in rows]  # asdict takes five times as long
+            values = [_values(row) for row in rows]
             await self._database.write(lambda connection: _insert(connection, values))
 
     async def totals(self, since_s: float = 0.0) -> tuple[UsageTotal, ...]:
@@ -85,7 +87,11 @@ class Usage:
         return await self._database.write(lambda connection: connection.execute(statement).rowcount)
 
 
-def _insert(connection: Connection, values: list[dict[str, Any]]) -> None:
-    # The same statement twice: SQLAlchemy knows ON CONFLICT only by database.
+def _insert(connection: Connection, values: list[tuple[Any, ...]]) -> None:
+    # The same statement twice: SQLAlchemy knows ON CONFLICT only by database. It is handed to the driver as text, with
+    # the values as they are: there is a row for every call, and taking each apart by column costs three times the insert.
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    connection.execute(dialect.insert(usage).on_conflict_do_nothing(), values)
+    statement = dialect.insert(usage).on_conflict_do_nothing()
+    compiled = statement.compile(dialect=connection.dialect, column_keys=_FIELDS)
+    assert tuple(compiled.positiontup or ()) == _FIELDS, "the table's columns are in the order of UsageRow"
+    connection.exec_driver_sql(str(compiled), values)

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from fleetmind.core.clock import monotonic_ns
 from fleetmind.core.errors import FleetmindError, StoreError
 from fleetmind.core.telemetry import Metrics, log
-from fleetmind.store.connections import Engines, is_disconnect, translate
+from fleetmind.store.connections import BUSY_S_MAX, Engines, is_busy, is_disconnect, translate
 from fleetmind.store.upgrade import upgrade
 
 # How often a work is begun at most: once more after its group was lost before the commit.
@@ -108,16 +108,22 @@ class Writer:
         self._in_loop(self._ended.set_result, None)
 
     def _open(self) -> None:
-        try:
-            connection = self._connected()
-            with connection.begin():
-                upgrade(connection)
-        except (SQLAlchemyError, OSError) as error:
-            self._disconnect()
-            raise translate(error, self._engines.shown) from None
-        except FleetmindError:
-            self._disconnect()
-            raise
+        end_ns = monotonic_ns() + int(BUSY_S_MAX * 1e9)
+        while True:
+            try:
+                connection = self._connected()
+                with connection.begin():
+                    upgrade(connection)
+                return
+            except (SQLAlchemyError, OSError) as error:
+                self._disconnect()
+                if not is_busy(error) or monotonic_ns() > end_ns:
+                    raise translate(error, self._engines.shown) from None
+                # Turning a file to WAL, or the last one closing it, locks it without regard to busy_timeout.
+                threading.Event().wait(0.02)
+            except FleetmindError:
+                self._disconnect()
+                raise
 
     def _serve(self, waiting: deque[Job]) -> None:
         """One group, from its first job to its answers. Every job taken is answered or waits again."""
@@ -262,10 +268,11 @@ class Writer:
 
     def _reset(self) -> None:
         """End whatever transaction is open, and make sure that the next group finds a sound connection."""
-        if self._engines.readers is not None:
+        if not self._engines.is_sqlite:
             self._disconnect()
         elif self._connection is not None:
-            # A database in memory lives as long as its connection. SQLAlchemy doesn't roll back what it believes ended.
+            # Kept, because a database in memory lives as long as its connection. The driver is asked too: SQLAlchemy
+            # doesn't roll back what it believes ended, and a failed commit leaves SQLite's transaction open.
             self._connection.rollback()
             driver = self._connection.connection.driver_connection
             assert driver is not None

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fleetmind.core.errors import StoreError
 from fleetmind.store.connections import make_engines
 from fleetmind.store.database import Database
+from fleetmind.store.integrity import fault_of
 from fleetmind.store.models import Models
 
 
@@ -64,6 +65,16 @@ async def test_a_directory_that_cannot_hold_a_database_is_refused(tmp_path: Path
     assert "directory exists" in (await refusal(f"sqlite:///{tmp_path}")).hint
 
 
+@pytest.mark.parametrize("name", ["a b", "100%20", "what?mode=ro", "ü#1", "f.db"])
+async def test_the_path_is_taken_as_it_stands(tmp_path: Path, name: str) -> None:
+    await (await Database.open(f"sqlite:///{tmp_path}/{name}")).close()
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+async def test_two_slashes_are_not_taken_for_memory() -> None:
+    assert "three slashes" in (await refusal("sqlite://home/me/f.db")).hint
+
+
 async def test_a_file_that_others_may_read_becomes_private(tmp_path: Path) -> None:
     path = tmp_path / "f.db"
     path.touch(mode=0o644)
@@ -105,16 +116,16 @@ async def test_damage_in_the_file_is_found(tmp_path: Path) -> None:
     database = await Database.open(f"sqlite:///{path}")
     for number in range(200):
         await Models(database).save(f"m{number}", {"x": "y" * 500})
-    assert await database.check() == ()
+    assert await fault_of(database, is_thorough=True) is None
     await database.close()
     content = bytearray(path.read_bytes())
     half = len(content) // 2 // 4096 * 4096
     content[half : half + 8192] = bytes(8192)
     path.write_bytes(content)
     database = await Database.open(f"sqlite:///{path}")
-    damage = await database.check()
+    damage = await fault_of(database, is_thorough=True)
     await database.close()
-    assert damage
+    assert damage is not None
 
 
 @given(st.text(max_size=60))

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection, text
 
-from fleetmind.core.errors import StoreError
+from fleetmind.core.errors import Conflict, StoreError
 from fleetmind.core.events import Event, EventKind
 from fleetmind.core.telemetry import Metrics
 from fleetmind.store.database import Database
+from fleetmind.store.integrity import fault_of
 from fleetmind.store.journal import Journal
 from fleetmind.store.models import Models
 
@@ -129,17 +130,20 @@ async def test_a_full_database_refuses_the_large_work_alone_and_goes_on(database
 
     await database.write(bound)
     works = [database.write(lambda connection, n=n: put(connection, f"small{n}")) for n in range(10)]
-    works.insert(5, database.write(lambda connection: put(connection, "large", 10_000_000)))
+    for place in (8, 5, 2):
+        works.insert(place, database.write(lambda connection: put(connection, "large", 10_000_000)))
     outcomes = await asyncio.gather(*works, return_exceptions=True)
-    refused = outcomes.pop(5)
-    assert isinstance(refused, StoreError)
-    assert "make space" in refused.hint
-    assert outcomes == [None] * 10, "a work was harmed by one that filled the disk"
+    for place in (2, 6, 10):
+        refused = outcomes[place]
+        assert isinstance(refused, StoreError)
+        assert "make space" in refused.hint
+        outcomes[place] = None
+    assert outcomes == [None] * 13, "a work was harmed by one that filled the disk"
     await database.write(lambda connection: connection.exec_driver_sql("PRAGMA max_page_count=1000000").close())
     await database.write(lambda connection: put(connection, "large", 10_000_000))
     await journal.append(Event(EventKind.SERVER_STARTED, "s", 1.0))
     assert len(await Models(database).all()) == 11
-    assert await database.check() == ()
+    assert await fault_of(database, is_thorough=True) is None
 
 
 async def test_a_full_memory_database_keeps_what_it_had(tmp_path: Path) -> None:
@@ -153,12 +157,29 @@ async def test_a_full_memory_database_keeps_what_it_had(tmp_path: Path) -> None:
     await database.close()
 
 
+@pytest.mark.parametrize("kind", ["file", "memory"])
+async def test_a_commit_that_fails_harms_its_group_but_not_the_next(tmp_path: Path, kind: str) -> None:
+    database = await Database.open(f"sqlite:///{tmp_path}/f.db" if kind == "file" else "sqlite://")
+
+    def deferred(connection: Connection) -> None:
+        # A foreign key that SQLite looks at only when it commits, and then leaves the transaction open.
+        connection.exec_driver_sql("CREATE TABLE child (name TEXT REFERENCES models DEFERRABLE INITIALLY DEFERRED)")
+        connection.exec_driver_sql("INSERT INTO child VALUES ('no such model')")
+
+    with pytest.raises(Conflict):
+        await database.write(deferred)
+    await database.write(lambda connection: put(connection, "next"))
+    assert list(await Models(database).all()) == ["next"]
+    await database.close()
+
+
 # A limit on the size of files fails writes as a full disk does, for real, in the middle of a commit.
 FULL_DISK = """
 import asyncio, resource, sys
 from sqlalchemy import text
 from fleetmind.core.errors import StoreError
 from fleetmind.store.database import Database
+from fleetmind.store.integrity import fault_of
 from fleetmind.store.models import Models
 
 async def main(url):
@@ -178,7 +199,7 @@ async def main(url):
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     await models.save("after", {})
     assert {"before", "after"} <= set(await models.all())
-    assert await database.check() == ()
+    assert await fault_of(database, is_thorough=True) is None
     await database.close()
 
 asyncio.run(main(sys.argv[1]))
