@@ -4,7 +4,6 @@ In order: the Host and Origin headers, the key, then the route's own access. Not
 another site, with a forged Host, or without a right that the route declares. Errors of every kind leave here as JSON.
 """
 
-import asyncio
 import contextlib
 from collections.abc import Collection, Mapping
 from urllib.parse import urlsplit
@@ -23,14 +22,10 @@ from fleetmind.core.errors import (
     InternalError,
     InvalidRequest,
     NotFound,
-    PayloadTooLarge,
 )
 from fleetmind.core.telemetry import Metrics, log
 
 _log = log(__name__)
-
-DISCARD_BYTES_MAX = 256 * 1024 * 1024
-"""How much of a body that is too large is read and thrown away, so that the client gets to read the refusal."""
 
 
 class Gate:
@@ -91,7 +86,7 @@ class Gate:
             elif name == b"origin":
                 origin = value
             elif name == b"sec-fetch-site" and value == b"cross-site" and origin is None:
-                origin = origin or b"null"
+                origin = b"null"
         if host is None or _name_of(host) not in self._hosts:
             raise Forbidden(
                 f"This server is not called {(host or b'').decode('latin-1')[:100]!r}.",
@@ -106,7 +101,12 @@ class Gate:
     def _may_ask(self, origin: bytes, host: bytes) -> bool:
         """Whether the page at ``origin`` is our own, or one that the owner named."""
         text = origin.decode("latin-1").lower()
-        return text in self._origins or urlsplit(text).netloc == host.decode("latin-1").lower()
+        if text in self._origins:
+            return True
+        try:
+            return urlsplit(text).netloc == host.decode("latin-1").lower()
+        except ValueError:  # what no browser sends
+            return False
 
     def _principal(self, scope: Scope) -> Principal | CallerError | None:
         """Who asks. A wrong key is kept as the error it is: a public route doesn't care, any other raises it."""
@@ -137,49 +137,7 @@ async def refuse(send: Send, error: FleetmindError) -> None:
     """Answer with ``error`` as JSON."""
     body = body_of(error)
     headers = [*headers_of(error), (b"content-length", str(len(body)).encode())]
-    if isinstance(error, PayloadTooLarge | BodyTimeout):
+    if isinstance(error, BodyTimeout):
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status_of(error), "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-async def read_body(receive: Receive, *, bytes_max: int, seconds_max: float) -> bytes:
-    """The whole body of a request.
-
-    Raises PayloadTooLarge past ``bytes_max``, BodyTimeout past ``seconds_max``, ConnectionResetError where the client
-    left.
-    """
-    try:
-        async with asyncio.timeout(seconds_max):
-            message = await receive()
-            body: bytes = message.get("body", b"")
-            if not message.get("more_body"):
-                if message["type"] == "http.disconnect":
-                    raise ConnectionResetError
-                if len(body) > bytes_max:
-                    raise _too_large(bytes_max)
-                return body
-            parts, size = [body], len(body)
-            while message.get("more_body"):
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ConnectionResetError
-                size += len(message["body"])
-                if size > DISCARD_BYTES_MAX:
-                    break
-                if size <= bytes_max:
-                    parts.append(message["body"])
-            if size > bytes_max:
-                raise _too_large(bytes_max)
-            return b"".join(parts)
-    except TimeoutError:
-        raise BodyTimeout(
-            f"The body did not arrive within {seconds_max:.0f} s.",
-            hint="Send it faster, or raise server.body_read_s_max.",
-        ) from None
-
-
-def _too_large(bytes_max: int) -> PayloadTooLarge:
-    return PayloadTooLarge(
-        f"The body is larger than {bytes_max} bytes.", hint="Send less, or raise server.body_bytes_max."
-    )

@@ -44,6 +44,7 @@ from fleetmind.store.journal import Journal
 from fleetmind.store.usage import Usage
 
 LOG_LINES_MAX = 10_000
+POSITION_MAX = 2**63 - 1
 _CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -92,6 +93,7 @@ def build(parts: Parts, direct: list[DirectRoute]) -> FastAPI:
         openapi_url=None,
     )
     app.router.route_class = GuardedRoute
+    app.state.body_read_s_max = parts.configuration.settings.server.body_read_s_max
     app.router.default = not_found
     app.router.redirect_slashes = False
     app.add_exception_handler(FleetmindError, _refuse)
@@ -141,7 +143,6 @@ def _add_public(app: FastAPI, parts: Parts) -> None:
     @allow(Scope.METRICS)
     async def metrics() -> Response:
         """Prometheus' text format."""
-        parts.gateway.accounting.push()
         _set_gauges(parts)
         return Response(parts.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -341,7 +342,7 @@ def _add_records(app: FastAPI, parts: Parts) -> None:
     @app.get("/api/journal", tags=["records"])
     @allow(Scope.READ)
     async def journal(
-        after: Annotated[int, Query(ge=0)] = 0,
+        after: Annotated[int, Query(ge=0, le=POSITION_MAX)] = 0,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
         kind: Annotated[str | None, Query(max_length=100)] = None,
     ) -> schemas.JournalOut:
@@ -363,7 +364,7 @@ def _add_records(app: FastAPI, parts: Parts) -> None:
 
     @app.get("/api/usage", tags=["records"])
     @allow(Scope.READ)
-    async def usage(since_s: Annotated[float, Query(ge=0)] = 0.0) -> schemas.UsageOut:
+    async def usage(since_s: Annotated[float, Query(ge=0, allow_inf_nan=False)] = 0.0) -> schemas.UsageOut:
         """Calls and tokens since a time, by model and key. Up to a second behind."""
         totals = await parts.usage.totals(since_s)
         return schemas.UsageOut(
@@ -423,9 +424,12 @@ async def _refuse(_: Request, error: Exception) -> Response:
 async def _refuse_values(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return await _refuse(request, InvalidRequest("The body is not JSON.", hint="Send one JSON object."))
     where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+    message = first["msg"].removeprefix("Value error, ")
     problem = InvalidRequest(
-        f"{where or 'body'}: {first['msg']}.", hint="GET /api/openapi.json has the shape.", param=where or None
+        f"{where or 'body'}: {message}.", hint="GET /api/openapi.json has the shape.", param=where or None
     )
     return await _refuse(request, problem)
 

@@ -6,14 +6,13 @@ Decides nothing; what a client may ask is checked in ``gateway.calls``, who may 
 
 import asyncio
 from collections.abc import Callable
-from contextlib import aclosing
 
 import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fleetmind.api.auth import Principal
 from fleetmind.api.auth import Scope as Right
-from fleetmind.api.gate import read_body
+from fleetmind.api.bodies import read_body
 from fleetmind.api.problems import body_of
 from fleetmind.api.routes import PRINCIPAL, DirectRoute
 from fleetmind.core.clock import monotonic_ns
@@ -45,7 +44,9 @@ def _answerer(kind: CallKind, gateway: Gateway, settings: ServerSettings) -> ASG
         principal: Principal = scope[PRINCIPAL]
         received_ns = monotonic_ns()
         try:
-            body = await read_body(receive, bytes_max=settings.body_bytes_max, seconds_max=settings.body_read_s_max)
+            body = await read_body(
+                scope, receive, bytes_max=settings.body_bytes_max, seconds_max=settings.body_read_s_max
+            )
         except ConnectionResetError:
             return
         call = parse_call(
@@ -70,29 +71,24 @@ def _answerer(kind: CallKind, gateway: Gateway, settings: ServerSettings) -> ASG
 
 async def _pass_on(gateway: Gateway, call: Call, send: Send) -> None:
     """Send the answer's pieces as they come. An error before the first is raised, one after it ends the stream."""
-    started = ended = False
-    try:
-        async with aclosing(gateway.dispatch(call)) as chunks:
-            async for chunk in chunks:
-                if not call.is_stream:
-                    headers = [_JSON, (b"content-length", b"%d" % len(chunk.data)), *_served(call, chunk.served)]
-                    await send({"type": "http.response.start", "status": 200, "headers": headers})
-                    await send({"type": "http.response.body", "body": chunk.data})
-                    continue
-                if not started:
-                    started = True
-                    headers = [*_EVENTS, *_served(call, chunk.served)]
-                    await send({"type": "http.response.start", "status": 200, "headers": headers})
-                await send({"type": "http.response.body", "body": chunk.data, "more_body": not chunk.is_last})
-                ended = chunk.is_last
-    except FleetmindError as error:
-        if not started:
-            raise
-        if not ended:
-            ended = True
-            await send({"type": "http.response.body", "body": error_event(body_of(error))})
-    if call.is_stream and not ended:
-        await send({"type": "http.response.body", "body": b""})
+    with gateway.spans.span("call", model=call.model, call=call.id), await gateway.dispatch(call) as answer:
+        if not call.is_stream:
+            headers = [_JSON, (b"content-length", b"%d" % len(answer.first)), *_served(call, answer.served)]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": answer.first})
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": [*_EVENTS, *_served(call, answer.served)]})
+        is_ended = answer.is_done
+        await send({"type": "http.response.body", "body": answer.first, "more_body": not is_ended})
+        try:
+            async for piece in answer:
+                is_ended = answer.is_done
+                await send({"type": "http.response.body", "body": piece, "more_body": not is_ended})
+            last = b""
+        except FleetmindError as error:
+            last = error_event(body_of(error))
+        if not is_ended:
+            await send({"type": "http.response.body", "body": last})
 
 
 def _served(call: Call, served: Served) -> list[tuple[bytes, bytes]]:

@@ -3,6 +3,7 @@
 The one place that knows statuses. The body never holds a path of this machine, a stack trace or a key.
 """
 
+import json
 import math
 from collections.abc import Mapping
 
@@ -79,7 +80,7 @@ def body_of(error: FleetmindError) -> bytes:
     """The error as JSON: OpenAI's message, type, param and code; origin, hint, near names and when to retry."""
     status = status_of(error)
     problem: dict[str, object] = {
-        "message": f"{error.message} {error.hint}".rstrip(),
+        "message": _sentences(error.message, error.hint),
         "type": _TYPES.get(status, "server_error"),
         "param": error.param,
         "code": error.code,
@@ -93,7 +94,17 @@ def body_of(error: FleetmindError) -> bytes:
         problem["retry_after_s"] = round(error.retry_after_s, 1)
     if isinstance(error, EngineRefused):
         _add_engine_words(problem, error)
-    return _encode({"error": problem})
+    try:
+        return _encode({"error": problem})
+    except UnicodeEncodeError:  # half of a surrogate pair, quoted from what the client sent
+        return json.dumps({"error": problem}).encode()
+
+
+def _sentences(message: str, hint: str) -> str:
+    """What is wrong and what to do, for a client that shows only one text."""
+    if not hint:
+        return message
+    return f"{message}{'' if message.endswith(('.', '?', '!')) else '.'} {hint}"
 
 
 def headers_of(error: FleetmindError) -> list[tuple[bytes, bytes]]:

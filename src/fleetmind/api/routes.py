@@ -13,7 +13,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fleetmind.api.auth import Principal, check_scope
 from fleetmind.api.auth import Scope as Right
+from fleetmind.api.bodies import read_body, replayed
 from fleetmind.core.errors import CallerError
+from fleetmind.core.types import MIB
+
+BODY_BYTES_MAX = MIB
+"""What a body may be below ``/api``: nothing there is large."""
+BODY_S_MAX = 30.0
+"""How long it may take to arrive, unless ``app.state.body_read_s_max`` says otherwise."""
+_METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 PRINCIPAL = "fleetmind.principal"
 """Where the gate leaves who asks in the ASGI scope: a Principal, None for no key, or what was wrong with the key."""
@@ -58,6 +66,13 @@ class GuardedRoute(APIRoute):
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.access.check(scope.get(PRINCIPAL))
+        if scope["method"] in _METHODS_WITH_BODY:
+            seconds_max = getattr(scope["app"].state, "body_read_s_max", BODY_S_MAX)
+            try:
+                body = await read_body(scope, receive, bytes_max=BODY_BYTES_MAX, seconds_max=seconds_max)
+            except ConnectionResetError:
+                return
+            receive = replayed(body, receive)
         await super().handle(scope, receive, send)
 
 

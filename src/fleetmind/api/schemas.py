@@ -3,15 +3,27 @@
 Sizes are bytes, times seconds since 1970 unless the name says otherwise; null means not known, never zero.
 """
 
+import json
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 ModelState = Literal["ready", "loading", "failed", "unplaced"]
 
 
 class _In(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_text(cls, value: object) -> object:
+        """Half of a surrogate pair, which JSON can write as an escape, is no text: it can't be stored or shown."""
+        if isinstance(value, dict):
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise ValueError("there is half of a surrogate pair in a text") from None
+        return value
 
 
 class ProcessOut(BaseModel):

@@ -4,10 +4,13 @@ Binds the address, refuses to be reachable from other machines without TLS, and 
 nothing of models.
 """
 
+import asyncio
 import contextlib
 import errno
 import ipaddress
+import resource
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from fleetmind.api import manage, openai
+from fleetmind.api.connection import SWEEP_S, Bounds, ConnectionConfig, sweep
 from fleetmind.api.gate import Gate
 from fleetmind.core.config import Configuration
 from fleetmind.core.errors import ConfigurationError, Conflict
@@ -26,15 +30,29 @@ KEEP_ALIVE_S = 75
 STOP_S_MAX = 5
 """How long calls under way get to end when the server stops."""
 
+FILES_PER_CONNECTION = 2
+"""A call holds the client's connection and one to an engine."""
+FILES_BESIDE = 512
+"""Open files for everything else: the database, logs, replicas."""
+
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 class Http(uvicorn.Server):
-    """uvicorn, leaving signals to the application, which stops its parts in order."""
+    """uvicorn, leaving signals to the application, which stops its parts in order, and bounding its clients."""
+
+    _swept_s = 0.0
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def on_tick(self, counter: int) -> bool:
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._swept_s >= SWEEP_S:
+            self._swept_s = now_s
+            sweep(self.server_state.connections, now_s)
+        return await super().on_tick(counter)
 
 
 def is_loopback(host: str) -> bool:
@@ -56,6 +74,14 @@ def check_exposure(settings: ServerSettings) -> None:
     for name, path in (("server.tls_certificate", settings.tls_certificate), ("server.tls_key", settings.tls_key)):
         if path and not Path(path).is_file():
             raise ConfigurationError(f"{name} names {path}, which is not a file.")
+    if settings.tls_certificate:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_certificate, settings.tls_key)
+        except (ssl.SSLError, OSError) as error:
+            raise ConfigurationError(
+                f"TLS can't be served with {settings.tls_certificate} and {settings.tls_key}: {error}.",
+                hint="Both must be PEM files, and the key that of the certificate.",
+            ) from None
     if not is_loopback(settings.host) and not settings.tls_certificate:
         raise ConfigurationError(
             f"server.host {settings.host} is reachable from other machines; without TLS keys would travel in clear.",
@@ -111,20 +137,31 @@ def application(parts: manage.Parts) -> ASGIApp:
 def http_server(app: ASGIApp, configuration: Configuration) -> Http:
     """The server for ``app``; run it with ``serve(sockets=[…])``, end it by setting ``should_exit``."""
     settings = configuration.settings.server
+    _allow_files(settings.connections_max * FILES_PER_CONNECTION + FILES_BESIDE)
     return Http(
-        uvicorn.Config(
+        ConnectionConfig(
             app,
-            http="httptools",
-            ws="none",
+            Bounds(
+                arrive_s_max=settings.body_read_s_max,
+                stall_s_max=settings.stall_s_max,
+                connections_max=settings.connections_max,
+            ),
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=settings.connections_max,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=STOP_S_MAX,
             ssl_certfile=settings.tls_certificate or None,
             ssl_keyfile=settings.tls_key or None,
         )
     )
+
+
+def _allow_files(count: int) -> None:
+    """Let this process open ``count`` files, or as many as it may: the usual soft limit of 1024 is soon used up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -35,7 +35,12 @@ class ServerSettings(Section):
     hosts_allowed: tuple[str, ...] = _leaf((), "Names accepted in the Host header besides loopback and the address.")
     origins_allowed: tuple[str, ...] = _leaf((), "Web origins that may call, for example https://lab.example.org.")
     body_bytes_max: int = _leaf(32 * MIB, "Largest body of a request.", "bytes", ge=KIB, le=4 * GIB)
-    body_read_s_max: float = _leaf(30.0, "Longest time a body may take to arrive.", "seconds", gt=0, le=3600)
+    body_read_s_max: float = _leaf(
+        30.0, "Longest time the head of a request, and then its body, may take to arrive.", "seconds", gt=0, le=3600
+    )
+    stall_s_max: float = _leaf(
+        60.0, "Longest time a client may read nothing of an answer that waits for it.", "seconds", gt=0, le=3600
+    )
     connections_max: int = _leaf(4096, "Connections open at once.", ge=1, le=1_000_000)
     messages_max: int = _leaf(4096, "Messages in one chat request.", ge=1, le=1_000_000)
 

@@ -40,6 +40,16 @@ class Usage:
     completion_tokens: int = 0
 
 
+TOKENS_MAX = 2**40
+"""The largest number of tokens that is believed of one call: neither counters nor the database take every number."""
+
+
+def usage_of(prompt_tokens: int | None, completion_tokens: int | None) -> Usage:
+    """What an engine reported, within what a count of tokens can be."""
+    prompt, completion = (min(max(count or 0, 0), TOKENS_MAX) for count in (prompt_tokens, completion_tokens))
+    return Usage(prompt, completion)
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One request to a model.
@@ -67,18 +77,6 @@ class Served:
     replica: ReplicaId
     queue_s: float
     is_simulated: bool = False
-
-
-@dataclass(slots=True)
-class Chunk:
-    """A piece of an answer: whole server-sent events of a stream, or the whole body of a reply that isn't one.
-
-    ``is_last`` means that nothing for the client follows; the engine's connection may still be read to its end.
-    """
-
-    data: bytes
-    served: Served
-    is_last: bool = False
 
 
 class _StreamOptions(msgspec.Struct):
@@ -262,9 +260,9 @@ def usage_of_reply(body: bytes) -> Usage | None:
     """
     try:
         usage = _reply.decode(body).usage
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ValueError(str(error)) from None
-    return None if usage is None else Usage(usage.prompt_tokens or 0, usage.completion_tokens or 0)
+    return None if usage is None else usage_of(usage.prompt_tokens, usage.completion_tokens)
 
 
 def model_not_found(name: str, known: Iterable[str]) -> ModelNotFound:

@@ -8,7 +8,7 @@ passes events on byte for byte and holds back no more than one unfinished event.
 import msgspec
 
 from fleetmind.core.errors import StreamBroken
-from fleetmind.gateway.calls import Usage
+from fleetmind.gateway.calls import Usage, usage_of
 
 EVENT_BYTES_MAX = 4 * 1024 * 1024
 """The largest single event that is believed; a larger one is garbage."""
@@ -134,7 +134,7 @@ class EventStream:
         """Whether the client is not to see this event, which it did not ask for; keeps its usage."""
         if delta.usage is None:
             return False
-        self.usage = Usage(delta.usage.prompt_tokens or 0, delta.usage.completion_tokens or 0)
+        self.usage = usage_of(delta.usage.prompt_tokens, delta.usage.completion_tokens)
         return self._hides_usage and not delta.choices
 
 

@@ -5,7 +5,6 @@ client session with its connections kept alive serves all replicas.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 import aiohttp
@@ -72,35 +71,27 @@ class Upstream:
             ):
                 if response.status >= 300:
                     raise await _refused(replica, response)
-                return await response.read()
+                return await _whole(replica, response)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise _failed(replica, error) from None
 
-    async def stream(self, replica: ReplicaView, kind: CallKind, body: bytes) -> AsyncGenerator[bytes, None]:
-        """The bytes of a streamed answer as they arrive. Raises EngineFailed or EngineRefused.
-
-        Closing it early closes the connection, which is how an engine learns that nobody listens any more.
-        """
-        response: aiohttp.ClientResponse | None = None
+    async def stream(self, replica: ReplicaView, kind: CallKind, body: bytes) -> "EngineStream":
+        """A streamed answer whose head was read; to be closed. Raises EngineFailed or EngineRefused."""
         try:
             async with asyncio.timeout(self._patience.first_token_s_max):
                 response = await self._ask(replica, kind, body)
-                if response.status >= 300:
-                    raise await _refused(replica, response)
-                if response.content_type != "text/event-stream":
-                    raise EngineFailed(f"{replica.id} was asked for a stream and answered {response.content_type}.")
-                data = await response.content.readany()
-            while data:
-                yield data
-                if response.content.at_eof():  # saves the timer of a read that would say the same
-                    return
-                async with asyncio.timeout(self._patience.stream_idle_s_max):
-                    data = await response.content.readany()
+                stream = EngineStream(replica, response, self._patience)
+                try:
+                    if response.status >= 300:
+                        raise await _refused(replica, response)
+                    if response.content_type != "text/event-stream":
+                        raise EngineFailed(f"{replica.id} was asked for a stream and answered {response.content_type}.")
+                except BaseException:
+                    stream.close()
+                    raise
+                return stream
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise _failed(replica, error) from None
-        finally:
-            if response is not None:
-                response.release()  # which closes the connection unless the answer was read to its end
 
     def _ask(self, replica: ReplicaView, kind: CallKind, body: bytes) -> _RequestContextManager:
         url, headers = self._target(replica, kind)
@@ -118,10 +109,54 @@ class Upstream:
         return target
 
 
+class EngineStream:
+    """The bytes of a streamed answer as they arrive."""
+
+    __slots__ = ("_patience", "_replica", "_response", "_wait_s_max")
+
+    def __init__(self, replica: ReplicaView, response: aiohttp.ClientResponse, patience: Patience) -> None:
+        self._replica = replica
+        self._response = response
+        self._patience = patience
+        self._wait_s_max = patience.first_token_s_max
+
+    async def read(self) -> bytes:
+        """What has arrived, waiting for it; empty at the end. Raises EngineFailed."""
+        content = self._response.content
+        if content.at_eof():  # saves the timer of a read that would say the same
+            return b""
+        try:
+            async with asyncio.timeout(self._wait_s_max):
+                data = await content.readany()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise _failed(self._replica, error) from None
+        self._wait_s_max = self._patience.stream_idle_s_max
+        return data
+
+    def close(self) -> None:
+        """Give the connection back if the answer was read to its end, else close it: that is how an engine learns that
+        nobody listens any more."""
+        self._response.release()
+
+
 def _failed(replica: ReplicaView, error: BaseException) -> EngineFailed:
     if isinstance(error, TimeoutError):
         return EngineFailed(f"{replica.id} was silent for too long.", hint="The engine may be overloaded or hung.")
     return EngineFailed(f"{replica.id} broke the connection: {error or type(error).__name__}.")
+
+
+async def _whole(replica: ReplicaView, response: aiohttp.ClientResponse) -> bytes:
+    """The body of an answer, up to a bound. Most come in one piece."""
+    data = await response.content.readany()
+    if response.content.at_eof():
+        return data
+    pieces, size = [data], len(data)
+    async for piece in response.content.iter_any():
+        pieces.append(piece)
+        size += len(piece)
+        if size > REPLY_BYTES_MAX:
+            raise EngineFailed(f"{replica.id} answered with more than {REPLY_BYTES_MAX} bytes.")
+    return b"".join(pieces)
 
 
 async def _refused(replica: ReplicaView, response: aiohttp.ClientResponse) -> EngineError:
