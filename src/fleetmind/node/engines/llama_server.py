@@ -8,7 +8,9 @@ import asyncio
 import os
 import re
 import shutil
+import signal
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from fleetmind.core.errors import ConfigurationError
@@ -155,7 +157,9 @@ async def _output(path: str, argument: str, environment: Mapping[str, str]) -> s
     except TimeoutError:
         pass
     finally:
-        if process.returncode is None:
-            process.kill()
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        while await process.stdout.read(65536):  # asyncio sees the end only once the pipe is empty
+            pass
         await process.wait()
     return text.decode("utf-8", errors="replace")
