@@ -18,8 +18,9 @@ class Knobs:
     ``slots`` calls at once, more wait · ``context_tokens`` per slot · ``reply_tokens`` when max_tokens says no less ·
     ``error_after_tokens`` a proper error, ``hang_after_tokens`` silence, ``garbage_after_tokens`` bytes that are no
     answer, ``crash_after_tokens`` a segmentation fault · ``crash_on_start`` · ``never_ready`` · ``silent`` nothing is
-    answered at all · ``ignore_sigterm`` · ``embedding_dimensions`` 0 refuses embeddings · ``log_bytes`` printed at the
-    start · ``memory_bytes`` held · ``seed`` of the text.
+    answered at all · ``ignore_sigterm`` · ``outlives_server`` does not notice that its server died ·
+    ``embedding_dimensions`` 0 refuses embeddings · ``log_bytes`` printed at the start · ``memory_bytes`` held ·
+    ``seed`` of the text.
     """
 
     load_s: float = 0.0
@@ -36,6 +37,7 @@ class Knobs:
     never_ready: bool = False
     silent: bool = False
     ignore_sigterm: bool = False
+    outlives_server: bool = False
     embedding_dimensions: int = 0
     log_bytes: int = 0
     memory_bytes: int = 0
