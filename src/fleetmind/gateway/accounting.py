@@ -31,27 +31,24 @@ class Accounting:
         self._write = write
         self._metrics = metrics
         self._rows: deque[UsageRow] = deque()
-        self._counters: dict[tuple[str, str], _Counters] = {}
 
     def settle(self, row: UsageRow) -> None:
         """Count a finished call and keep its row for the next batch."""
-        counters = self._counters.get((row.model, row.status))
-        if counters is None:
-            counters = self._counters[row.model, row.status] = _Counters(self._metrics, row.model, row.status)
-        counters.count(row)
+        self._metrics.calls.add(
+            row.model,
+            row.status,
+            prompt_tokens=row.prompt_tokens,
+            completion_tokens=row.completion_tokens,
+            seconds=row.duration_s,
+            ttft_s=row.ttft_s,
+        )
         if len(self._rows) >= ROWS_MAX:
             self._metrics.usage_dropped_total.inc()
             return
         self._rows.append(row)
 
-    def push(self) -> None:
-        """Bring the counters of the registry to the present; done before they are read."""
-        for counters in self._counters.values():
-            counters.push()
-
     async def flush(self) -> None:
         """Write all rows held. A batch that can't be written stays for the next time."""
-        self.push()
         while self._rows:
             batch = [self._rows[i] for i in range(min(len(self._rows), BATCH_ROWS_MAX))]
             writing = asyncio.ensure_future(self._write(batch))
@@ -70,30 +67,3 @@ class Accounting:
     def _drop(self, count: int) -> None:
         for _ in range(count):
             self._rows.popleft()
-
-
-class _Counters:
-    """The metrics of one model and status. What can be added up is, and reaches the registry with ``push``."""
-
-    def __init__(self, metrics: Metrics, model: str, status: str) -> None:
-        self._calls = metrics.calls_total.labels(model, status)
-        self._prompt = metrics.tokens_total.labels(model, "prompt")
-        self._completion = metrics.tokens_total.labels(model, "completion")
-        self._seconds = metrics.call_seconds.labels(model)
-        self._ttft = metrics.ttft_seconds.labels(model)
-        self._counts = [0, 0, 0]
-
-    def count(self, row: UsageRow) -> None:
-        counts = self._counts
-        counts[0] += 1
-        counts[1] += row.prompt_tokens
-        counts[2] += row.completion_tokens
-        self._seconds.observe(row.duration_s)
-        if row.ttft_s is not None:
-            self._ttft.observe(row.ttft_s)
-
-    def push(self) -> None:
-        for counter, count in zip((self._calls, self._prompt, self._completion), self._counts, strict=True):
-            if count:
-                counter.inc(count)
-        self._counts = [0, 0, 0]

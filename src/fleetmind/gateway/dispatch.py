@@ -1,17 +1,26 @@
 """The only way a token is produced.
 
-``Gateway.dispatch`` admits a call, routes it, attempts it, and settles what it used; one function for a whole reply
-and for a stream. It never speaks HTTP to a client, never decides where models live, and writes nothing to the database
-while a client waits: usage goes through ``accounting`` in batches.
+``Gateway.dispatch`` admits a call, routes it and attempts it until the first piece of the answer is there; the Answer
+it returns gives the rest and is settled when it is closed. One function for whole replies and for streams. It never
+speaks HTTP to a client, never decides where models live, and writes nothing to the database while a client waits:
+usage goes through ``accounting`` in batches.
 """
 
+import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Set
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from fleetmind.core.clock import Clock, monotonic_ns, secret_token
-from fleetmind.core.errors import CallerError, CapacityError, EngineError, EngineFailed, EngineRefused, FleetmindError
+from fleetmind.core.errors import (
+    CallerError,
+    CapacityError,
+    EngineError,
+    EngineFailed,
+    EngineRefused,
+    FleetmindError,
+    StreamBroken,
+)
 from fleetmind.core.telemetry import Spans
 from fleetmind.core.types import CallId, ReplicaId
 from fleetmind.fleet.snapshot import FleetSnapshot, ReplicaView
@@ -19,7 +28,6 @@ from fleetmind.gateway.accounting import Accounting
 from fleetmind.gateway.calls import (
     ABILITY_NEEDED,
     Call,
-    Chunk,
     Served,
     Usage,
     check_fits_context,
@@ -30,7 +38,7 @@ from fleetmind.gateway.calls import (
 from fleetmind.gateway.limits import QueuePolicy
 from fleetmind.gateway.seats import Seats
 from fleetmind.gateway.streaming import EventStream
-from fleetmind.gateway.upstream import RETRYABLE, Patience, Upstream
+from fleetmind.gateway.upstream import RETRYABLE, EngineStream, Patience, Upstream
 from fleetmind.store.usage import UsageRow
 
 _NS = 1e-9
@@ -38,12 +46,13 @@ _NS = 1e-9
 
 @dataclass(slots=True)
 class _Ticket:
-    """What is known of a call so far; settled once, whatever happens."""
+    """What is known of a call so far; settled once, whatever happens. Times are the monotonic clock, 0 for not yet."""
 
     call: Call
     replica: ReplicaView | None = None
+    is_seated: bool = False
     seated_ns: int = 0
-    first_token_ns: int = 0
+    first_piece_ns: int = 0
     usage: Usage | None = None
     events: int = 0
     status: str = "aborted"
@@ -69,7 +78,7 @@ class Gateway:
         self._verify = verify
         self.accounting = accounting
         self._clock = clock
-        self._spans = spans
+        self.spans = spans
         self._retries_max = retries_max
         self._upstream = Upstream(patience)
         self._serial = itertools.count()
@@ -89,98 +98,85 @@ class Gateway:
         self.seats.fleet_changed()
         self._upstream.forget(frozenset(replica.id for replica in snapshot.replicas))
 
-    async def dispatch(self, call: Call) -> AsyncGenerator[Chunk, None]:
-        """Answer ``call`` piece by piece.
+    async def dispatch(self, call: Call) -> "Answer":
+        """The answer to ``call``, its first piece there; to be closed.
 
         In order:
           1. admit    a known model, a line that isn't full
           2. route    the replica with the least share of its slots taken; wait for one if need be
           3. attempt  ask the engine; a failure before the first piece is repeated at most ``retries_max`` times
-          4. settle   usage, metrics and the slot, whatever happened
+          4. settle   usage, metrics and the slot, whatever happened: here if it failed, else when it is closed
 
-        Raises a FleetmindError: before the first piece nothing was sent; after it the answer is incomplete.
+        Raises a FleetmindError; then nothing was sent.
         """
         models = self._snapshot().models
         if call.model not in models:
             raise model_not_found(call.model, models)
         ticket = _Ticket(call)
+        tried: set[ReplicaId] = set()
         try:
-            with self._spans.span("gateway.dispatch", model=call.model, call=call.id):
-                tried: set[ReplicaId] = set()
-                while True:
-                    replica = await self.seats.take(call.model, ABILITY_NEEDED[call.kind], tried)
-                    ticket.replica, ticket.seated_ns = replica, monotonic_ns()
-                    try:
-                        check_fits_context(call, replica.context_tokens)
-                        if call.is_stream:
-                            async with aclosing(self._stream(call, ticket, replica)) as chunks:
-                                async for chunk in chunks:
-                                    yield chunk
-                        else:
-                            yield await self._reply(call, ticket, replica)
-                        break
-                    except (EngineFailed, EngineRefused) as error:
-                        if not self._may_retry(error, ticket, tried):
-                            raise
-                        failure = error.message
-                    finally:
-                        self.seats.leave(replica, _seconds(ticket.seated_ns) if ticket.first_token_ns else None)
-                    tried.add(replica.id)
-                    await self._verify(replica.id, failure)
-            ticket.status = "ok"
-        except FleetmindError as error:
+            while True:
+                ticket.replica = await self.seats.take(call.model, ABILITY_NEEDED[call.kind], tried)
+                ticket.is_seated, ticket.seated_ns = True, monotonic_ns()
+                try:
+                    check_fits_context(call, ticket.replica.context_tokens)
+                    return await self._attempt(ticket, ticket.replica)
+                except (EngineFailed, EngineRefused) as error:
+                    is_engines_fault = isinstance(error, EngineFailed) or error.status in RETRYABLE
+                    if not is_engines_fault or len(tried) >= self._retries_max:
+                        raise
+                    failure = error.message
+                self._unseat(ticket)
+                tried.add(ticket.replica.id)
+                await self._verify(ticket.replica.id, failure)
+        except BaseException as error:
             ticket.status = _status(error)
+            self.settle(ticket)
             raise
-        finally:
-            self._settle(ticket)
 
-    def _may_retry(self, error: EngineFailed | EngineRefused, ticket: _Ticket, tried: Set[ReplicaId]) -> bool:
-        """Whether a failed attempt may be repeated: only while the client has seen nothing, and not where the engine
-        refused the call itself."""
-        is_engines_fault = isinstance(error, EngineFailed) or error.status in RETRYABLE
-        return is_engines_fault and not ticket.first_token_ns and len(tried) < self._retries_max
-
-    async def _reply(self, call: Call, ticket: _Ticket, replica: ReplicaView) -> Chunk:
-        """Ask one replica once for a whole answer."""
-        data = await self._upstream.reply(replica, call.kind, engine_body(call, replica.remote_model))
-        try:
-            ticket.usage = usage_of_reply(data)
-        except ValueError as error:
-            raise EngineFailed(f"{replica.id} answered with something that is not JSON: {error}") from None
-        ticket.first_token_ns = monotonic_ns()
-        return Chunk(data, _served(call, ticket, replica), is_last=True)
-
-    async def _stream(self, call: Call, ticket: _Ticket, replica: ReplicaView) -> AsyncGenerator[Chunk, None]:
-        """Ask one replica once for a stream."""
-        body, served = engine_body(call, replica.remote_model), _served(call, ticket, replica)
-        events = EventStream(hides_usage=not call.wants_usage)
-        reason: str | None = None
-        async with aclosing(self._upstream.stream(replica, call.kind, body)) as pieces:
+    async def _attempt(self, ticket: _Ticket, replica: ReplicaView) -> "Answer":
+        """Ask one replica once, up to the first piece. Raises EngineFailed, EngineRefused."""
+        call = ticket.call
+        body = engine_body(call, replica.remote_model)
+        served = Served(call.model, replica.id, (ticket.seated_ns - call.received_ns) * _NS, replica.is_simulated)
+        if not call.is_stream:
+            data = await self._upstream.reply(replica, call.kind, body)
             try:
-                async for piece in pieces:  # also past [DONE], to its end: only then the connection can be used again
-                    data = events.feed(piece)
-                    ticket.usage, ticket.events = events.usage, events.events
-                    if data:
-                        ticket.first_token_ns = ticket.first_token_ns or monotonic_ns()
-                        yield Chunk(data, served, events.is_done)
-                    if events.fault is not None:
-                        break
-            except EngineFailed as error:
-                reason = error.message
-        fault = events.close(reason)
-        if fault is None:
-            return
-        if not ticket.first_token_ns:
-            raise EngineFailed(fault.message)
-        await self._verify(replica.id, fault.message)
-        raise fault
+                ticket.usage = usage_of_reply(data)
+            except ValueError as error:
+                raise EngineFailed(f"{replica.id} answered with something that is not JSON: {error}") from None
+            ticket.first_piece_ns = monotonic_ns()
+            return Answer(self, ticket, served, data, None)
+        stream = await self._upstream.stream(replica, call.kind, body)
+        try:
+            answer = Answer(self, ticket, served, b"", stream)
+            try:
+                answer.first = await answer.read()
+            except StreamBroken as error:
+                raise EngineFailed(error.message) from None
+            ticket.first_piece_ns = monotonic_ns()
+            return answer
+        except BaseException:
+            stream.close()
+            raise
 
-    def _settle(self, ticket: _Ticket) -> None:
-        """Count what a call used; the database hears of it later, in a batch."""
-        call, now_ns = ticket.call, monotonic_ns()
+    async def stream_broke(self, ticket: _Ticket, fault: StreamBroken) -> None:
+        """A stream broke after its first piece: count it, and have the fleet look at the replica."""
+        ticket.status = _status(fault)
+        assert ticket.replica is not None, "a stream has a replica"
+        await self._verify(ticket.replica.id, fault.message)
+
+    def _unseat(self, ticket: _Ticket) -> None:
+        if ticket.is_seated and ticket.replica is not None:
+            ticket.is_seated = False
+            took_s = (monotonic_ns() - ticket.seated_ns) * _NS if ticket.first_piece_ns else None
+            self.seats.leave(ticket.replica, took_s)
+
+    def settle(self, ticket: _Ticket) -> None:
+        """Free the slot and count what the call used; the database hears of it later, in a batch."""
+        self._unseat(ticket)
+        call, now_ns, first_ns = ticket.call, monotonic_ns(), ticket.first_piece_ns
         usage = ticket.usage or Usage(0, ticket.events)
-        seated_ns = ticket.seated_ns or now_ns
-        first_ns = ticket.first_token_ns
         self.accounting.settle(
             UsageRow(
                 call_id=call.id,
@@ -191,7 +187,7 @@ class Gateway:
                 status=ticket.status,
                 prompt_tokens=usage.prompt_tokens,
                 completion_tokens=usage.completion_tokens,
-                queue_s=(seated_ns - call.received_ns) * _NS,
+                queue_s=((ticket.seated_ns or now_ns) - call.received_ns) * _NS,
                 ttft_s=(first_ns - call.received_ns) * _NS if first_ns else None,
                 duration_s=(now_ns - call.received_ns) * _NS,
                 at_s=self._clock.now_s(),
@@ -200,22 +196,90 @@ class Gateway:
         )
 
 
-def _served(call: Call, ticket: _Ticket, replica: ReplicaView) -> Served:
-    return Served(call.model, replica.id, (ticket.seated_ns - call.received_ns) * _NS, replica.is_simulated)
+class Answer:
+    """An answer under way: ``first`` is its first piece, iterating gives the others, ``with`` closes it.
+
+    Pieces are whole server-sent events of a stream, or the one whole body of a reply that isn't one. ``is_done`` means
+    that nothing for the client follows the last piece; the engine may still close its side.
+    """
+
+    __slots__ = ("_events", "_gateway", "_stream", "_ticket", "first", "served")
+
+    def __init__(
+        self, gateway: Gateway, ticket: _Ticket, served: Served, first: bytes, stream: EngineStream | None
+    ) -> None:
+        self._gateway = gateway
+        self._ticket = ticket
+        self._stream = stream
+        self._events = EventStream(hides_usage=not ticket.call.wants_usage) if stream else None
+        self.served = served
+        self.first = first
+
+    @property
+    def is_done(self) -> bool:
+        return self._events is None or self._events.is_done
+
+    async def read(self) -> bytes:
+        """The next piece, empty at the end. Raises StreamBroken."""
+        events, stream, ticket = self._events, self._stream, self._ticket
+        if events is None or stream is None:
+            return b""
+        reason: str | None = None
+        while events.fault is None:  # also past [DONE], to its end: only then the connection can be used again
+            try:
+                piece = await stream.read()
+            except EngineFailed as error:
+                reason, piece = error.message, b""
+            if not piece:
+                break
+            data = events.feed(piece)
+            ticket.usage, ticket.events = events.usage, events.events
+            if data:
+                return data
+        fault = events.close(reason)
+        if fault is not None:
+            raise fault
+        return b""
+
+    def __aiter__(self) -> "Answer":
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            piece = await self.read()
+        except StreamBroken as fault:
+            await self._gateway.stream_broke(self._ticket, fault)
+            raise
+        if not piece:
+            raise StopAsyncIteration
+        return piece
+
+    def __enter__(self) -> "Answer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        if self.is_done and self._ticket.status == _ABORTED:
+            self._ticket.status = "ok"
+        self._gateway.settle(self._ticket)
 
 
-def _seconds(since_ns: int) -> float:
-    return (monotonic_ns() - since_ns) * _NS
+_ABORTED = "aborted"
 
 
-def _status(error: FleetmindError) -> str:
+def _status(error: BaseException) -> str:
     """How the end of a call is counted."""
-    if isinstance(error, CallerError):
-        return "refused"
-    if isinstance(error, CapacityError):
-        return "no_capacity"
     if isinstance(error, EngineRefused) and error.status < 500:
         return "refused"
-    if isinstance(error, EngineError):
-        return "engine_error"
-    return "error"
+    for kind, status in _STATUSES:
+        if isinstance(error, kind):
+            return status
+    return _ABORTED if isinstance(error, asyncio.CancelledError) else "error"
+
+
+_STATUSES: tuple[tuple[type[FleetmindError], str], ...] = (
+    (CallerError, "refused"),
+    (CapacityError, "no_capacity"),
+    (EngineError, "engine_error"),
+)

@@ -88,8 +88,8 @@ class Usage:
 
 
 def _insert(connection: Connection, values: list[tuple[Any, ...]]) -> None:
-    # The same statement twice: SQLAlchemy knows ON CONFLICT only by database. It is handed to the driver as text, with
-    # the values as they are: there is a row for every call, and taking each apart by column costs three times the insert.
+    # The same statement twice: SQLAlchemy knows ON CONFLICT only by database. It is handed to the driver as text with
+    # the values as they are: there is a row for every call, and taking them apart costs three times the insert.
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(usage).on_conflict_do_nothing()
     compiled = statement.compile(dialect=connection.dialect, column_keys=_FIELDS)

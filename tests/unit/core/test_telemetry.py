@@ -189,16 +189,21 @@ def test_a_long_field_is_cut() -> None:
 
 def test_every_metric_has_its_name_and_registries_do_not_mix() -> None:
     metrics, other = Metrics(), Metrics()
-    metrics.calls_total.labels(model="m", status="ok").inc()
-    metrics.ttft_seconds.labels(model="m").observe(0.03)
+    metrics.calls.add("m", "ok", prompt_tokens=3, completion_tokens=4, seconds=0.2, ttft_s=0.03)
+    metrics.calls.add("m", "ok", prompt_tokens=1, completion_tokens=0, seconds=400, ttft_s=None)
     metrics.device_memory_bytes_used.labels(device="d").set(5)
     text = metrics.render().decode()
-    assert 'fleetmind_calls_total{model="m",status="ok"} 1.0' in text
+    assert 'fleetmind_calls_total{model="m",status="ok"} 2.0' in text
+    assert 'fleetmind_tokens_total{kind="prompt",model="m"} 4.0' in text
+    assert 'fleetmind_ttft_seconds_bucket{le="0.025",model="m"} 0.0' in text
     assert 'fleetmind_ttft_seconds_bucket{le="0.05",model="m"} 1.0' in text
+    assert 'fleetmind_call_seconds_bucket{le="300.0",model="m"} 1.0' in text
+    assert 'fleetmind_call_seconds_bucket{le="+Inf",model="m"} 2.0' in text
+    assert 'fleetmind_call_seconds_sum{model="m"} 400.2' in text
     assert 'fleetmind_device_memory_bytes_used{device="d"} 5.0' in text
     assert "fleetmind_calls_total{" not in other.render().decode()
     for name in vars(metrics):
-        if name not in ("registry",):
+        if name not in ("registry", "calls"):
             assert f"# HELP fleetmind_{name.removesuffix('_total')}" in text, name
 
 
