@@ -2,16 +2,19 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 
 from fleetmind.app import Started, serve
 from fleetmind.core.config import load
+
+T = TypeVar("T")
 
 QUICK = {
     "server.port": "0",
@@ -23,6 +26,21 @@ QUICK = {
     "gateway.usage_flush_s": "0.05",
     "logs.level": "warning",
 }
+
+
+async def until(look: Callable[[], Awaitable[T | None]], what: str, *, seconds_max: float = 30.0) -> T:
+    """Look again and again at something in another process, where there is no event to wait for, until it is true.
+
+    Raises AssertionError naming ``what`` after ``seconds_max``.
+    """
+    try:
+        async with asyncio.timeout(seconds_max):
+            while True:
+                if found := await look():
+                    return found
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"not within {seconds_max:.0f} s: {what}") from None
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,7 @@ class Service:
         self.home = home
         self.started = started
         self.url = started.url
+        self.host = urlsplit(started.url).netloc
         self.session = session
         self.token = started.token_file.read_text()
         self.first_key = started.first_key
@@ -77,13 +96,12 @@ class Service:
 
     async def until_state(self, name: str, state: str) -> dict[str, Any]:
         """Wait until the model is in ``state``; the model."""
-        async with asyncio.timeout(30):
-            while True:
-                models = (await self.ask("GET", "/api/models")).json()["models"]
-                model = next(model for model in models if model["name"] == name)
-                if model["state"] == state:
-                    return model
-                await asyncio.sleep(0.02)  # a state of another process: there is no event to wait for
+
+        async def look() -> dict[str, Any] | None:
+            models = (await self.ask("GET", "/api/models")).json()["models"]
+            return next((model for model in models if model["name"] == name and model["state"] == state), None)
+
+        return await until(look, f"{name} is {state}")
 
     async def replicas(self, model: str = "fake") -> list[dict[str, Any]]:
         """The replicas of a model, as the server shows them."""
