@@ -1,6 +1,7 @@
 """Streaming clients in a process of their own: how a benchmark asks many streams at once and sees each event arrive.
 
-Each client keeps one connection and asks on it again and again, or once. Everything received is kept with its time,
+Each client asks one question after another, each on a connection of its own, as some engines hang up after a stream.
+Everything received is kept with its time,
 and looked at only after the last byte, so that looking does not slow what is measured. An answer counts only if it was
 whole: status 200, events that are JSON, as many tokens as asked for in the usage, and the terminator.
 
@@ -16,9 +17,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import cast
 
 import uvloop
 
+from bench.processes import NotMeasured
 from bench.results import percentile
 
 ERRORS_KEPT = 5
@@ -125,16 +128,17 @@ def dechunked(body: bytes) -> bytes:
 class Client(asyncio.Protocol):
     """One connection: sends the request, keeps what comes, notices the end of the chunked body."""
 
-    def __init__(self, request: bytes) -> None:
+    def __init__(self, request: bytes, asked_at_s: float) -> None:
         self._request = request
         self._transport: asyncio.Transport | None = None
-        self._exchange = Exchange(0.0)
-        self._ended: asyncio.Future[None] | None = None
+        self._exchange = Exchange(asked_at_s)
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tail = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # uvloop's transports are asyncio's by behaviour only, not by type.
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
         self._exchange.arrivals.append((time.perf_counter(), data))
@@ -143,32 +147,22 @@ class Client(asyncio.Protocol):
             self._end()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._ended is not None and not self._ended.done():
-            self._exchange.fault = f"the connection was closed: {exc}; the last bytes: {self._tail!r}"
-            self._end()
+        self._end(f"the connection was closed: {exc}; the last bytes: {self._tail!r}")
 
-    def _end(self) -> None:
-        if self._ended is not None and not self._ended.done():
+    def _end(self, fault: str | None = None) -> None:
+        if not self._ended.done():
+            self._exchange.fault = fault
             self._ended.set_result(None)
 
-    async def ask(self, silence_s_max: float) -> Exchange:
-        """Send the request once and return when the answer is whole, broken, or was silent for too long."""
-        assert self._transport is not None
-        exchange = self._exchange = Exchange(time.perf_counter())
-        self._tail = b""
-        self._ended = asyncio.get_running_loop().create_future()
-        if self._transport.is_closing():
-            exchange.fault = "the connection was closed between answers"
-            return exchange
-        self._transport.write(self._request)
+    async def answer(self, silence_s_max: float) -> Exchange:
+        """Return when the answer is whole, broken, or was silent for too long."""
         seen = -1
         while not self._ended.done():
             await asyncio.wait({self._ended}, timeout=silence_s_max)
-            if len(exchange.arrivals) == seen and not self._ended.done():
-                exchange.fault = f"silent for {silence_s_max:g} s; the last bytes: {self._tail!r}"
-                break
-            seen = len(exchange.arrivals)
-        return exchange
+            if len(self._exchange.arrivals) == seen:
+                self._end(f"silent for {silence_s_max:g} s; the last bytes: {self._tail!r}")
+            seen = len(self._exchange.arrivals)
+        return self._exchange
 
     def close(self) -> None:
         if self._transport is not None:
@@ -185,6 +179,21 @@ def request_bytes(plan: Plan, body: str) -> bytes:
     return head.encode() + data
 
 
+async def ask(plan: Plan, request: bytes) -> Exchange:
+    """One question on a new connection. The time of connecting counts to the first token."""
+    began_s = time.perf_counter()
+    try:
+        _, client = await asyncio.get_running_loop().create_connection(
+            lambda: Client(request, began_s), "127.0.0.1", plan.port
+        )
+    except OSError as problem:
+        return Exchange(began_s, fault=f"no connection: {problem}")
+    try:
+        return await client.answer(plan.silence_s_max)
+    finally:
+        client.close()
+
+
 async def run(plan: Plan) -> Outcome:
     """All clients at once."""
     requests = [request_bytes(plan, body) for body in plan.bodies]
@@ -192,17 +201,7 @@ async def run(plan: Plan) -> Outcome:
 
     async def one(number: int) -> list[Exchange]:
         await asyncio.sleep(plan.ramp_s * number / plan.clients)
-        loop = asyncio.get_running_loop()
-        try:
-            _, client = await loop.create_connection(
-                lambda: Client(requests[number % len(requests)]), "127.0.0.1", plan.port
-            )
-        except OSError as problem:
-            return [Exchange(0.0, fault=f"no connection: {problem}")]
-        try:
-            return [await client.ask(plan.silence_s_max) for _ in range(plan.requests)]
-        finally:
-            client.close()
+        return [await ask(plan, requests[number % len(requests)]) for _ in range(plan.requests)]
 
     exchanges = [each for found in await asyncio.gather(*map(one, range(plan.clients))) for each in found]
     duration_s, cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
@@ -253,13 +252,15 @@ def start(plan: Plan) -> "subprocess.Popen[bytes]":
 
 
 def finish(process: "subprocess.Popen[bytes]", *, within_s: float) -> Outcome:
-    """What the clients saw. Raises RuntimeError when their process failed; ends it in any case."""
+    """What the clients saw. Raises NotMeasured when their process failed or took too long; ends it in any case."""
     try:
         output, _ = process.communicate(timeout=within_s)
         if process.returncode != 0:
-            raise RuntimeError(f"the clients ended with {process.returncode}")
+            raise NotMeasured(f"the clients ended with {process.returncode}")
         values = json.loads(output)
         return Outcome(**{**values, "first_errors": tuple(values["first_errors"])})
+    except subprocess.TimeoutExpired:
+        raise NotMeasured(f"the clients were not done within {within_s:g} s") from None
     finally:
         process.kill()
         process.wait()

@@ -31,7 +31,7 @@ class Direct:
 
 
 def start(engine: Engine, spec: ReplicaSpec, folder: Path) -> Direct:
-    """Start what ``engine`` would start for ``spec`` on this machine's processor. Raises NotStarted."""
+    """Start what ``engine`` would start for ``spec`` on this machine's processor. Raises NotMeasured."""
     port, key = free_port(), secret_token(24).hex()
     endpoint = Endpoint(f"http://127.0.0.1:{port}", key)
     command = engine.command(spec, _processors(), endpoint)

@@ -21,7 +21,7 @@ import psutil
 
 from bench import processes, results
 from bench.peers import litellm_proxy
-from bench.processes import Memory, NotStarted, memory_of
+from bench.processes import Memory, NotMeasured, memory_of
 from bench.server import PROGRAM, Server
 
 ROOT = Path(__file__).parent.parent
@@ -70,17 +70,17 @@ def disk_bytes(folder: Path, *, without: str = "") -> int:
 
 
 def install(folder: Path) -> Install:
-    """Make a fresh environment as ``make up`` does. Raises NotStarted."""
+    """Make a fresh environment as ``make up`` does. Raises NotMeasured."""
     began_s = time.monotonic()
     argv = ("make", "-C", str(ROOT), "install", f"VENV={folder}")
     made = subprocess.run(argv, capture_output=True, text=True, timeout=INSTALL_S_MAX, check=False)
     if made.returncode != 0:
-        raise NotStarted(f"make install failed:\n{made.stdout[-2000:]}{made.stderr[-2000:]}")
+        raise NotMeasured(f"make install failed:\n{made.stdout[-2000:]}{made.stderr[-2000:]}")
     return Install(folder / "bin" / "fleetmind", folder, time.monotonic() - began_s)
 
 
 def start(home: Path, program: Path) -> Start:
-    """Start on ``home``, ask one question, rest, look, stop. Raises NotStarted."""
+    """Start on ``home``, ask one question, rest, look, stop. Raises NotMeasured."""
     server = Server(home, preload=True, program=program)
     try:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16}
@@ -89,7 +89,7 @@ def start(home: Path, program: Path) -> Start:
         )
         answered_s = time.monotonic() - server.running.started_at_s
         if answer.status != 200 or not json.loads(answer.body)["choices"][0]["message"]["content"]:
-            raise NotStarted(f"the first answer was {answer.status}: {answer.body[:300]!r}")
+            raise NotMeasured(f"the first answer was {answer.status}: {answer.body[:300]!r}")
         time.sleep(SETTLE_S)
         engines = [each for each in server.running.family() if each.pid not in (server.pid, server.running.pid)]
         return Start(server.start_s, answered_s, server.memory(), memory_of(engines))
@@ -174,5 +174,5 @@ def findings(first: Start, again: Sequence[Start], peer: tuple[float, Memory] | 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except NotStarted as problem:
+    except NotMeasured as problem:
         sys.exit(str(problem))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bench import load, processes, results, upstream
 from bench.peers import litellm_proxy
-from bench.processes import Memory, NotStarted, Running
+from bench.processes import Memory, NotMeasured, Running
 from bench.server import Server
 from bench.upstream import STREAM, STREAM_TEXTS, WHOLE, WHOLE_TEXTS
 
@@ -415,5 +415,5 @@ def _beside(
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except NotStarted as problem:
+    except NotMeasured as problem:
         sys.exit(str(problem))

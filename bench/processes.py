@@ -22,7 +22,7 @@ import psutil
 STOP_GRACE_S = 10.0
 
 
-class NotStarted(Exception):
+class NotMeasured(Exception):
     """A process under test ended, or did not answer in time. The text holds the end of its log."""
 
 
@@ -90,13 +90,13 @@ class Running:
         self.stop()
 
     def wait_until(self, answered: Callable[[], bool], *, within_s: float) -> float:
-        """Seconds from the start until ``answered`` was true. Raises NotStarted when it ended or took too long."""
+        """Seconds from the start until ``answered`` was true. Raises NotMeasured when it ended or took too long."""
         deadline = self.started_at_s + within_s
         while not answered():
             if self._process.poll() is not None:
-                raise NotStarted(f"{self.name} ended with {self._process.returncode}:\n{self.log_tail()}")
+                raise NotMeasured(f"{self.name} ended with {self._process.returncode}:\n{self.log_tail()}")
             if time.monotonic() > deadline:
-                raise NotStarted(f"{self.name} did not answer within {within_s:g} s:\n{self.log_tail()}")
+                raise NotMeasured(f"{self.name} did not answer within {within_s:g} s:\n{self.log_tail()}")
             time.sleep(0.02)
         return time.monotonic() - self.started_at_s
 

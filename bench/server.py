@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from bench.processes import Memory, NotStarted, Running, answers, ask, free_port, memory_of
+from bench.processes import Memory, NotMeasured, Running, answers, ask, free_port, memory_of
 
 PROGRAM = Path(sys.executable).with_name("fleetmind")
 
@@ -50,11 +50,11 @@ class Server:
         self.running.stop()
 
     def manage(self, method: str, path: str, body: object = None) -> Any:
-        """A call to the management API with the owner's rights; what it answers, decoded. Raises NotStarted."""
+        """A call to the management API with the owner's rights; what it answers, decoded. Raises NotMeasured."""
         data = None if body is None else json.dumps(body).encode()
         answer = ask(self.port, method, path, body=data, key=str(self._file["token"]))
         if answer.status >= 300:
-            raise NotStarted(f"{method} {path} answered {answer.status}: {answer.body[:500]!r}")
+            raise NotMeasured(f"{method} {path} answered {answer.status}: {answer.body[:500]!r}")
         return json.loads(answer.body) if answer.body else None
 
     def add_model(self, name: str, **document: object) -> None:

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bench import clients, engine, processes, results
-from bench.processes import Memory, NotStarted
+from bench.processes import Memory, NotMeasured
 from bench.server import Server
 
 STREAMS = 1000
@@ -27,8 +27,7 @@ RSS_MB_MAX = 300
 SAMPLE_S = 0.25
 
 
-def plan(port: int, key: str, streams: int, seconds: float) -> clients.Plan:
-    tokens = round(seconds * TOKENS_PER_S)
+def plan(port: int, key: str, streams: int, tokens: int) -> clients.Plan:
     body = {
         "model": MODEL,
         "messages": [{"role": "user", "content": "Go on until you are told to stop."}],
@@ -59,17 +58,18 @@ def main() -> int:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fleetmind-bench-")))
         server = Server(folder / "home", preload=False)
         stack.callback(server.stop)
-        options = {"tokens_per_s": TOKENS_PER_S, "slots": arguments.streams}
+        tokens = round(arguments.seconds * TOKENS_PER_S)
+        options = {"tokens_per_s": TOKENS_PER_S, "slots": arguments.streams, "reply_tokens": tokens}
         server.add_model(MODEL, source="fake", slots=arguments.streams, context_tokens=4096, options=options)
         key = server.create_key()
         model = next(each for each in server.manage("GET", "/api/models")["models"] if each["name"] == MODEL)
         direct = engine.start_fake(model, options, folder)
         stack.enter_context(direct.running)
         results.say(f"{arguments.streams} streams at the engine itself")
-        alone, _ = measure(plan(direct.port, direct.key, arguments.streams, arguments.seconds), direct.running.memory)
+        alone, _ = measure(plan(direct.port, direct.key, arguments.streams, tokens), direct.running.memory)
         results.say(f"{arguments.streams} streams through Fleetmind")
         idle, before_s = server.memory(), server.running.cpu_s()
-        ours, peak = measure(plan(server.port, key, arguments.streams, arguments.seconds), server.memory)
+        ours, peak = measure(plan(server.port, key, arguments.streams, tokens), server.memory)
         cpu_s = server.running.cpu_s() - before_s
     for name, outcome in (("engine", alone), ("Fleetmind", ours)):
         for error in outcome.first_errors:
@@ -96,14 +96,20 @@ def measure(asked: clients.Plan, memory: Callable[[], Memory]) -> tuple[clients.
 
 
 def findings(ours: clients.Outcome, alone: clients.Outcome, idle: Memory, peak: Memory) -> list[results.Row]:
-    """The rows. A stall is the longest gap within a stream, less the engine's own pace."""
+    """The rows; only the errors when there were any, for nothing else means much then.
+
+    A stall is the longest gap within a stream, less the engine's own pace.
+    """
     pace_s = 1 / TOKENS_PER_S
 
     def beside(what: str, unit: str, mine: float, theirs: float, target: results.Target | None = None) -> results.Row:
         return results.row(what, unit, mine, baseline=theirs, baseline_name=DIRECT, target=target)
 
+    errors = beside("errors", "answers", ours.errors, alone.errors, results.at_most(0))
+    if ours.errors or alone.errors:
+        return [errors]
     return [
-        beside("errors", "answers", ours.errors, alone.errors, results.at_most(0)),
+        errors,
         beside(
             "longest stall in a stream", "s", ours.gap_max_s - pace_s, alone.gap_max_s - pace_s,
             results.at_most(STALL_S_MAX),
@@ -120,5 +126,5 @@ def findings(ours: clients.Outcome, alone: clients.Outcome, idle: Memory, peak: 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except NotStarted as problem:
+    except NotMeasured as problem:
         sys.exit(str(problem))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import clients, engine, processes, results
-from bench.processes import NotStarted
+from bench.processes import NotMeasured
 from bench.server import Server
 
 MODEL = "smollm2-135m-instruct"
@@ -67,10 +67,10 @@ def plan(port: int, key: str, count: int) -> clients.Plan:
 
 
 def measure(port: int, key: str, count: int) -> clients.Outcome:
-    """Ask once. Raises NotStarted when an answer was wrong: then there is no figure."""
+    """Ask once. Raises NotMeasured when an answer was wrong: then there is no figure."""
     outcome = clients.finish(clients.start(plan(port, key, count)), within_s=180)
     if outcome.errors:
-        raise NotStarted(f"{outcome.errors} answers of {count} clients were wrong: {outcome.first_errors[0]}")
+        raise NotMeasured(f"{outcome.errors} answers of {count} clients were wrong: {outcome.first_errors[0]}")
     return outcome
 
 
@@ -134,5 +134,5 @@ def findings(count: int, measured: Sequence[Round]) -> list[results.Row]:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except NotStarted as problem:
+    except NotMeasured as problem:
         sys.exit(str(problem))

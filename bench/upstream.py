@@ -8,7 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
-from bench.processes import NotStarted, Running, answers, free_port
+from bench.processes import NotMeasured, Running, answers, free_port
 
 WHOLE, STREAM = "fixed", "fixed-stream"
 WORDS = (
@@ -105,10 +105,10 @@ http {{
 
 
 def start(folder: Path) -> tuple[Running, int]:
-    """Start it on a free port. Raises NotStarted."""
+    """Start it on a free port. Raises NotMeasured."""
     program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
     if program is None:
-        raise NotStarted("nginx is not installed (Debian: apt-get install nginx-light)")
+        raise NotMeasured("nginx is not installed (Debian: apt-get install nginx-light)")
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     file = folder / "nginx.conf"

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from bench.processes import NotStarted, Running, answers, free_port
+from bench.processes import NotMeasured, Running, answers, free_port
 from bench.upstream import STREAM, WHOLE
 
 HOME = Path(__file__).parent.parent / ".peers" / "litellm"
@@ -50,9 +50,9 @@ def configuration(upstream_port: int) -> str:
 
 
 def start(folder: Path, upstream_port: int) -> tuple[Running, int]:
-    """Start it on a free port. Raises NotStarted."""
+    """Start it on a free port. Raises NotMeasured."""
     if not is_installed():
-        raise NotStarted("LiteLLM is not installed: run bench/peers/install")
+        raise NotMeasured("LiteLLM is not installed: run bench/peers/install")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "litellm.yaml"
     file.write_text(configuration(upstream_port))
