@@ -23,7 +23,7 @@ STOP_GRACE_S = 10.0
 
 
 class NotMeasured(Exception):
-    """A process under test ended, or did not answer in time. The text holds the end of its log."""
+    """Why there is no figure: a process under test ended, did not answer in time, or answered wrongly."""
 
 
 @dataclass(frozen=True, slots=True)

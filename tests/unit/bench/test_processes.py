@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 from bench.footprint import disk_bytes
-from bench.processes import NotStarted, Running
+from bench.processes import NotMeasured, Running
 
 FAMILY = """
 import subprocess, sys, time
@@ -32,7 +32,7 @@ def test_a_process_that_ends_at_once_says_why(tmp_path: Path) -> None:
     argv = (sys.executable, "-c", "print('no such port'); raise SystemExit(3)")
     with (
         Running("short", argv, log=tmp_path / "log", cwd=tmp_path) as running,
-        pytest.raises(NotStarted, match=r"short ended with 3:\nno such port"),
+        pytest.raises(NotMeasured, match=r"short ended with 3:\nno such port"),
     ):
         running.wait_until(lambda: False, within_s=20)
 
