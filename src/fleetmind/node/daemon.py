@@ -44,6 +44,8 @@ PROBE_S_MAX = 5.0
 """How long one probe may take."""
 EXTERNAL_PROBE_INTERVAL_S = 15.0
 """A server that is not ours is asked less often: it may count requests."""
+DYING_S_MAX = 2.0
+"""How long the end of a process that has stopped listening is waited for; giving back a GPU's memory takes a while."""
 LOGS_KEPT = 64
 LOG_LINES_IN_REASON = 4
 MEMORY_BYTES_FREE_OF_GRANT = 512 * 1024**2
@@ -212,10 +214,18 @@ class NodeDaemon:
         return replica.report
 
     async def check(self, replica_id: ReplicaId) -> ReplicaReport:
-        """Probe it now and not at the next interval, because somebody saw it fail."""
+        """Probe it now and not at the next interval, because somebody saw it fail.
+
+        A dying process closes its connections before its end can be seen, so one that doesn't listen any more is waited
+        for: the report then says FAILED, and whoever asked does not try the dead one again.
+        """
         replica = self._get(replica_id)
         if replica.report.state in _SERVING:
             await self._probe(replica)
+        if replica.report.state in _SERVING and replica.pulse.failures and not await self._listens(replica):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(DYING_S_MAX):
+                    await replica.ended.wait()
         return replica.report
 
     def forget(self, replica_id: ReplicaId) -> None:
@@ -279,7 +289,7 @@ class NodeDaemon:
         pause_s, health = START_PROBE_S, Health(HealthState.UNREACHABLE, detail="was not asked yet")
         while self._clock.monotonic_s() < deadline_s:
             # The key is shown only to a process of ours: until it listens, anybody could have taken the port.
-            if replica.process is None or await replica.process.owns_port(int(endpoint.base_url.rpartition(":")[2])):
+            if replica.process is None or await replica.process.owns_port(_port_of(endpoint)):
                 health = await self._ask(replica, endpoint)
             if health.state is HealthState.READY:
                 self._become_ready(replica, health)
@@ -328,6 +338,12 @@ class NodeDaemon:
                 for replica in self._replicas.values():
                     if not replica.is_being_probed and self._is_due(replica):
                         group.create_task(self._probe(replica))
+
+    async def _listens(self, replica: _Replica) -> bool:
+        endpoint = replica.report.endpoint
+        if replica.process is None or endpoint is None:  # not ours to look into
+            return True
+        return await replica.process.owns_port(_port_of(endpoint))
 
     def _is_due(self, replica: _Replica) -> bool:
         since_s = self._clock.monotonic_s() - replica.probed_at_s
@@ -474,6 +490,10 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _port_of(endpoint: Endpoint) -> int:
+    return int(endpoint.base_url.rpartition(":")[2])
 
 
 def _check_name(replica_id: str) -> None:

@@ -15,8 +15,11 @@ from pathlib import Path
 
 import psutil
 
+from fleetmind.core.clock import monotonic_ns, pause
+
 ENTRY_BYTES_MAX = 65536
 KILL_S_MAX = 5.0
+LOOK_AGAIN_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +140,8 @@ def _signal(pid: int, number: signal.Signals) -> None:
 
 
 def _wait(entries: list[LedgerEntry], seconds: float, identity: Callable[[int], str | None]) -> None:
-    processes = []
-    for entry in entries:
-        with suppress(psutil.Error):
-            if identity(entry.pid) == entry.identity:
-                processes.append(psutil.Process(entry.pid))
-    psutil.wait_procs(processes, timeout=seconds)
+    """Until they have ended. Not psutil's wait: that goes on until somebody has reaped them, which in a container may
+    be long after, or never."""
+    deadline_ns = monotonic_ns() + int(seconds * 1e9)
+    while any(identity(entry.pid) == entry.identity for entry in entries) and monotonic_ns() < deadline_ns:
+        pause(LOOK_AGAIN_S)

@@ -162,6 +162,14 @@ async def test_check_probes_now(tmp_path: Path) -> None:
         await node.changes.expect_state(ReplicaState.FAILED, within_s=5)
 
 
+async def test_check_learns_of_a_death_that_has_just_happened(tmp_path: Path) -> None:
+    async with running_node(tmp_path, [Fake()], settings=QUICK) as node:
+        ready = await node.daemon.ensure_ready(fake(node))
+        assert ready.pid is not None
+        os.kill(ready.pid, signal.SIGKILL)
+        assert (await node.daemon.check(ReplicaId("r-1"))).state is ReplicaState.FAILED
+
+
 async def test_a_stolen_port_never_sees_the_key(tmp_path: Path) -> None:
     settings = QUICK.model_copy(update={"start_s_max": 0.6})
     thief = Thief()

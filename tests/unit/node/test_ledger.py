@@ -74,6 +74,29 @@ def test_an_orphan_that_ignores_the_signal_is_killed_with_its_children(tmp_path:
     assert process_identity(child) is None
 
 
+@pytest.mark.timeout(30)
+def test_an_orphan_that_nobody_reaps_is_not_waited_for(tmp_path: Path) -> None:
+    negligent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import subprocess, sys\n"
+            "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
+            "print(child.pid, flush=True)\n"
+            "sys.stdin.read()",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert negligent.stdout is not None
+        Ledger(tmp_path).write(entry(int(negligent.stdout.readline())))
+        (orphan,) = Ledger(tmp_path).end_orphans(60.0)
+        assert not orphan.was_killed
+    finally:
+        negligent.communicate(timeout=10)
+
+
 def test_a_process_that_is_gone_is_no_orphan(tmp_path: Path, stranger: subprocess.Popen[bytes]) -> None:
     Ledger(tmp_path).write(entry(stranger.pid))
     stranger.kill()
