@@ -48,6 +48,8 @@ from fleetmind.store.usage import Usage
 
 WRITE_LAST_USED_INTERVAL_S = 30.0
 VERIFY_S_MAX = 3.0
+PRUNE_INTERVAL_S = 60.0
+DAY_S = 86400.0
 LOOPS_STOP_S_MAX = 10.0
 FIRST_READY_S_MAX = 60.0
 """How long ``on_ready`` waits for the models that are to be served from the start; they go on loading after it."""
@@ -183,6 +185,11 @@ async def _parts(
         for name, run in {**node.loops(), **reconciler.loops()}.items():
             supervisor.add(name, run)
         supervisor.add("usage", accounting.flush, interval_s=settings.gateway.usage_flush_s)
+        supervisor.add(
+            "usage.prune",
+            lambda: usage.prune(clock.now_s() - settings.store.usage_days_kept * DAY_S),
+            interval_s=PRUNE_INTERVAL_S,
+        )
         supervisor.add("keys", keys.write_last_used, interval_s=WRITE_LAST_USED_INTERVAL_S)
         await supervisor.start()
         stack.push_async_callback(supervisor.stop, LOOPS_STOP_S_MAX)

@@ -54,6 +54,7 @@ class StoreSettings(Section):
         accepts="empty, sqlite:///PATH or postgresql://user:password@host/name",
         pattern=URL_STORE,
     )
+    usage_days_kept: int = _leaf(400, "Days for which the usage of every single call is kept.", "days", ge=1, le=36500)
     commit_interval_ms: float = _leaf(3.0, "Longest work put into one commit.", "milliseconds", ge=0, le=1000)
 
 

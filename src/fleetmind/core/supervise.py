@@ -43,7 +43,7 @@ class LoopHealth:
 @dataclass(slots=True)
 class _Loop:
     name: str
-    run: Callable[[], Awaitable[None]]
+    run: Callable[[], Awaitable[object]]
     interval_s: float | None
     state: LoopState = LoopState.WAITING
     restarts: int = 0
@@ -76,7 +76,7 @@ class Supervisor:
         self._is_started = False
         self._is_stopped = False
 
-    def add(self, name: str, run: Callable[[], Awaitable[None]], *, interval_s: float | None = None) -> None:
+    def add(self, name: str, run: Callable[[], Awaitable[object]], *, interval_s: float | None = None) -> None:
         """Add a loop; after ``start`` it starts at once.
 
         With ``interval_s`` ``run`` is called again and again with that pause between; without, it is expected to live
