@@ -8,7 +8,6 @@ coroutine (``_live``): launch, wait until ready, wait for the end, clean up. Inv
 import asyncio
 import os
 import shutil
-import socket
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ from fleetmind.node.devices import DeviceReader
 from fleetmind.node.engine import Engine, Health, HealthState
 from fleetmind.node.ledger import Ledger, LedgerEntry, Orphan
 from fleetmind.node.logs import ReplicaLog, read_tail
-from fleetmind.node.process import EngineProcess, ProcessBounds, Usage
+from fleetmind.node.process import EngineProcess, ProcessBounds, Usage, free_port
 from fleetmind.node.protocol import (
     TRANSITIONS,
     Device,
@@ -268,7 +267,7 @@ class NodeDaemon:
         external = await engine.endpoint(spec)
         if external is not None:
             return self._show(replica, endpoint=external).endpoint or external
-        endpoint = Endpoint(f"http://127.0.0.1:{_free_port()}", secret_token().hex())
+        endpoint = Endpoint(f"http://127.0.0.1:{free_port()}", secret_token().hex())
         command = await asyncio.to_thread(engine.command, spec, self._devices_of(spec), endpoint)
         directory = self._replicas_dir / spec.id
         replica.process = process = await EngineProcess.start(
@@ -483,13 +482,6 @@ class NodeDaemon:
         for path in logs[LOGS_KEPT:]:
             with suppress(OSError):
                 path.unlink()
-
-
-def _free_port() -> int:
-    """A loopback port that was free just now. Whether our process really got it is checked before it sees its key."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _port_of(endpoint: Endpoint) -> int:

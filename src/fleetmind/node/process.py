@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -217,6 +218,13 @@ class _Pipes:
     def close_ours(self) -> None:
         for pipe in self._all:
             pipe.close_ours()
+
+
+def free_port() -> int:
+    """A loopback port that was free just now. Whether our process really got it is checked before it sees its key."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
