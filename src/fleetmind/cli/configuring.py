@@ -96,8 +96,11 @@ def _script(program: Any, shell: str) -> str:
     """What Typer prints when it is asked the documented way: by a variable of the program's own."""
     printed = io.StringIO()
     os.environ[COMPLETE_VARIABLE] = f"source_{shell}"
-    with redirect_stdout(printed), suppress(SystemExit):
-        program.main(args=[], prog_name="fleetmind")
+    try:
+        with redirect_stdout(printed), suppress(SystemExit):
+            program.main(args=[], prog_name="fleetmind")
+    finally:
+        del os.environ[COMPLETE_VARIABLE]
     return printed.getvalue()
 
 

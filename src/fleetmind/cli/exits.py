@@ -76,7 +76,7 @@ def exit_of(error: FleetmindError) -> Exit:
 def words_of(error: FleetmindError) -> str:
     """The error for a person: what and why, then what to do next."""
     origin = " (said by the engine)" if isinstance(error, ServerRefused) and error.origin == ORIGIN_ENGINE else ""
-    lines = [f"error: {_sentence(error.message)}{origin}"]
+    lines = [f"error: {error.message}{origin}"]
     near = error.near if isinstance(error, NotFound | ServerRefused) else ()
     if near and near[0].casefold() not in error.hint.casefold():
         lines.append(f"  Did you mean {' or '.join(near)}?")
@@ -102,6 +102,6 @@ def document_of(error: FleetmindError) -> dict[str, object]:
 
 
 def _sentence(text: str) -> str:
-    """``text`` with a capital where it begins with a plain word, so that parts read alike whoever wrote them."""
+    """``text`` with a capital, unless it begins with what is to be typed."""
     first = text.split(" ", 1)[0]
-    return text[:1].upper() + text[1:] if first.isalpha() and first != "fleetmind" else text
+    return text[:1].upper() + text[1:] if first.isalpha() and first not in ("fleetmind", "pip", "chmod") else text

@@ -147,8 +147,12 @@ def configuration(values: Iterable[Document]) -> RenderableType:
     for value in values:
         source = value["source"]
         where = source if source == "default" else f"{source}: {value['where']}"
-        shown = ", ".join(map(str, value["value"])) if isinstance(value["value"], list) else str(value["value"])
-        table.add_row(value["name"], shown, value["unit"], Text(where, style="dim" if source == "default" else ""))
+        table.add_row(
+            value["name"],
+            _value(value["value"]),
+            value["unit"],
+            Text(where, style="dim" if source == "default" else ""),
+        )
     return table
 
 
@@ -181,6 +185,13 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def _value(value: object) -> str:
+    """A setting's value as one would write it in the environment."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _state(word: str) -> Text:
