@@ -121,11 +121,11 @@ async def running(home: Path, **flags: str) -> AsyncIterator[Service]:
     try:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             service = Service(home, ready.result(), session)
-            yield service
-            if not serving.done():
-                await service.ask("POST", "/api/stop")
+            try:
+                yield service
+            finally:  # also after a test that failed: its own error is the one to be seen
+                if not serving.done():
+                    await service.ask("POST", "/api/stop")
     finally:
-        if not serving.done():
-            async with asyncio.timeout(30):
-                await serving
-        await serving
+        async with asyncio.timeout(30):
+            await serving

@@ -73,7 +73,9 @@ def check_exposure(settings: ServerSettings) -> None:
         )
     for name, path in (("server.tls_certificate", settings.tls_certificate), ("server.tls_key", settings.tls_key)):
         if path and not Path(path).is_file():
-            raise ConfigurationError(f"{name} names {path}, which is not a file.")
+            raise ConfigurationError(
+                f"{name} names {path}, which is not a file.", hint="Check the path, and that this user may read it."
+            )
     if settings.tls_certificate:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_certificate, settings.tls_key)
