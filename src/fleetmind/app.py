@@ -87,11 +87,12 @@ async def serve(home: Path, configuration: Configuration, *, on_ready: Callable[
         configure_logs(settings.logs, log_file)
         stopping = asyncio.Event()
         url = url_of(settings.server, listener)
-        async with _parts(home, configuration, clock, url, log_file, stopping.set) as (parts, notes, first_key):
+        async with _parts(home, configuration, clock, url, log_file, stopping.set) as (parts, notes, is_first_start):
             http = http_server(application(parts), configuration)
             serving = asyncio.get_running_loop().create_task(http.serve(sockets=[listener]))
             with _signals(stopping.set), _discoverable(home, parts):
                 await _wait_for_models(parts, stopping, serving)
+                first_key = await _first_key(parts.keys) if is_first_start else None
                 on_ready(
                     Started(
                         url=url,
@@ -103,6 +104,8 @@ async def serve(home: Path, configuration: Configuration, *, on_ready: Callable[
                         notes=notes,
                     )
                 )
+                if is_first_start:
+                    await _record_first_start(parts.journal, clock)
                 await _first_of(stopping.wait(), serving)
             http.should_exit = True
             await serving
@@ -116,8 +119,8 @@ async def _parts(
     url: str,
     log_file: Path,
     stop: Callable[[], None],
-) -> AsyncIterator[tuple[Parts, tuple[str, ...], str | None]]:
-    """All parts, running. Yields them with notes for the owner and the first key, if this is the first start."""
+) -> AsyncIterator[tuple[Parts, tuple[str, ...], bool]]:
+    """All parts, running. Yields them with notes for the owner, and whether this is the first start."""
     settings = configuration.settings
     metrics, spans = Metrics(), Spans(settings.telemetry)
     supervisor = Supervisor(clock, _log, on_restart=lambda name: metrics.loop_restarts_total.labels(name).inc())
@@ -133,7 +136,7 @@ async def _parts(
         await keys.load()
         catalog = Catalog(Models(database), settings, clock, home=home)
         notes = await catalog.load()
-        is_first_start = not await keys.records()
+        is_first_start = not await journal.entries(kind=EventKind.KEY_SHOWN, limit=1)
         if is_first_start:
             notes += await _seed(catalog, settings.models.preload)
         inventory = Inventory(catalog, clock)
@@ -221,8 +224,7 @@ async def _parts(
             log_file=log_file,
             stop=stop,
         )
-        # The key comes last: a first start that is killed before it is a first start again.
-        yield parts, notes, await _first_key(keys) if is_first_start else None
+        yield parts, notes, is_first_start
 
 
 async def _verify(node: NodeDaemon, replica_id: ReplicaId, reason: str) -> None:
@@ -253,6 +255,12 @@ async def _first_key(keys: KeyRing) -> str:
     """The text of the first key, which is shown once."""
     _, text = await keys.create("first", FIRST_KEY_SCOPES, created_by="setup")
     return text
+
+
+async def _record_first_start(journal: Journal, clock: Clock) -> None:
+    """Written after the owner was told: a first start that was killed before that is a first start again, since the key
+    it may have made is one that nobody has seen."""
+    await journal.append(Event(EventKind.KEY_SHOWN, "first", clock.now_s()))
 
 
 async def _record_start(journal: Journal, clock: Clock, orphans: tuple[Orphan, ...]) -> None:

@@ -23,6 +23,7 @@ class EventKind(StrEnum):
     PLACEMENT_PLANNED = "placement.planned"
     KEY_CREATED = "key.created"
     KEY_REVOKED = "key.revoked"
+    KEY_SHOWN = "key.shown"
     ORPHAN_ENDED = "orphan.ended"
 
 
