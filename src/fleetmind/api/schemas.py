@@ -126,14 +126,20 @@ class StatusOut(BaseModel):
 
 
 class DevicesOut(BaseModel):
+    """All devices."""
+
     devices: list[DeviceOut]
 
 
 class ModelsOut(BaseModel):
+    """The catalogue."""
+
     models: list[ModelOut]
 
 
 class ReplicasOut(BaseModel):
+    """All replicas."""
+
     replicas: list[ReplicaOut]
 
 
@@ -240,6 +246,8 @@ class FitModelOut(BaseModel):
 
 
 class FitOut(BaseModel):
+    """Whether a model fits, device by device, and what it needs."""
+
     model: FitModelOut
     footprint: FootprintOut
     devices: list[DeviceFitOut]
@@ -259,6 +267,8 @@ class KeyOut(BaseModel):
 
 
 class KeysOut(BaseModel):
+    """All keys."""
+
     keys: list[KeyOut]
 
 
@@ -290,6 +300,8 @@ class ValueOut(BaseModel):
 
 
 class ConfigOut(BaseModel):
+    """Every setting."""
+
     values: list[ValueOut]
 
 
@@ -305,6 +317,8 @@ class EntryOut(BaseModel):
 
 
 class JournalOut(BaseModel):
+    """A page of the journal, oldest first."""
+
     entries: list[EntryOut]
 
 
@@ -320,6 +334,8 @@ class UsageRowOut(BaseModel):
 
 
 class UsageOut(BaseModel):
+    """What was used since a time."""
+
     since_s: float
     rows: list[UsageRowOut]
 
@@ -334,14 +350,20 @@ class CheckOut(BaseModel):
 
 
 class DoctorOut(BaseModel):
+    """All checks, worst first."""
+
     checks: list[CheckOut]
 
 
 class HealthOut(BaseModel):
+    """The server runs."""
+
     status: Literal["ok"]
     version: str
 
 
 class ReadyOut(BaseModel):
+    """Whether every wanted model is served, and if not which one isn't."""
+
     ready: bool
     reason: str

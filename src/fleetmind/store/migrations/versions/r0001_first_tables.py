@@ -10,6 +10,7 @@ depends_on = None
 
 
 def upgrade() -> None:
+    """Make the tables."""
     op.create_table(
         "journal",
         sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
