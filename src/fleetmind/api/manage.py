@@ -27,7 +27,7 @@ from fleetmind.core.clock import Clock
 from fleetmind.core.config import Configuration
 from fleetmind.core.errors import FleetmindError, InternalError, InvalidRequest, ModelNotFound, NotFound
 from fleetmind.core.supervise import Supervisor
-from fleetmind.core.telemetry import Metrics
+from fleetmind.core.telemetry import Metrics, log
 from fleetmind.core.types import ModelName, ReplicaId
 from fleetmind.fleet.catalog import Catalog
 from fleetmind.fleet.fit import fit
@@ -42,6 +42,8 @@ from fleetmind.node.logs import read_tail
 from fleetmind.node.protocol import Ability
 from fleetmind.store.journal import Journal
 from fleetmind.store.usage import Usage
+
+_log = log(__name__)
 
 LOG_LINES_MAX = 10_000
 POSITION_MAX = 2**63 - 1
@@ -415,8 +417,10 @@ def _set_gauges(parts: Parts) -> None:
                 gauge.labels(view.device.id).set(value)
 
 
-async def _refuse(_: Request, error: Exception) -> Response:
+async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, FleetmindError)
+    if isinstance(error, InternalError):
+        _log.error("a request was refused", path=request.url.path, error=error.message)
     headers = {name.decode(): value.decode() for name, value in headers_of(error)}
     return Response(body_of(error), status_of(error), headers)
 

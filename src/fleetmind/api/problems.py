@@ -5,6 +5,7 @@ The one place that knows statuses. The body never holds a path of this machine, 
 
 import json
 import math
+import re
 from collections.abc import Mapping
 
 import msgspec
@@ -18,9 +19,11 @@ from fleetmind.core.errors import (
     EngineRefused,
     FleetmindError,
     Forbidden,
+    InternalError,
     NotFound,
     PayloadTooLarge,
     QueueFull,
+    StoreError,
     Unauthenticated,
 )
 
@@ -35,6 +38,7 @@ _STATUSES: Mapping[type[FleetmindError], int] = {
     CallerError: 400,
     CapacityError: 503,
     EngineError: 502,
+    StoreError: 503,
     FleetmindError: 500,
 }
 _TYPES = {
@@ -47,6 +51,8 @@ _TYPES = {
     413: "invalid_request_error",
     429: "rate_limit_error",
 }
+_ADDRESS = re.compile(r" (sqlite|postgresql)\S*:\S*")
+"""Where the database is: for the log and whoever starts the server, not for clients."""
 _encode = msgspec.json.Encoder().encode
 
 
@@ -79,8 +85,9 @@ _OURS = frozenset({401, 403, 407})
 def body_of(error: FleetmindError) -> bytes:
     """The error as JSON: OpenAI's message, type, param and code; origin, hint, near names and when to retry."""
     status = status_of(error)
+    message = _ADDRESS.sub("", error.message) if isinstance(error, InternalError) else error.message
     problem: dict[str, object] = {
-        "message": _sentences(error.message, error.hint),
+        "message": _sentences(message, error.hint),
         "type": _TYPES.get(status, "server_error"),
         "param": error.param,
         "code": error.code,
