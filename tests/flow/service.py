@@ -59,6 +59,28 @@ class Answer:
         return self.json()["error"]
 
 
+@dataclass(frozen=True)
+class Heard:
+    """A streamed answer, heard to its end. ``events`` are what followed ``data:``."""
+
+    status: int
+    headers: Mapping[str, str]
+    events: tuple[bytes, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        return self.events[-1:] == (b"[DONE]",)
+
+    @property
+    def chunks(self) -> list[dict[str, Any]]:
+        return [json.loads(event) for event in self.events if event != b"[DONE]"]
+
+    @property
+    def text(self) -> str:
+        deltas = [choice["delta"] for chunk in self.chunks for choice in chunk.get("choices", ())]
+        return "".join(delta.get("content") or "" for delta in deltas)
+
+
 class Service:
     """A running service and a client with all rights. ``user`` has only the first key's."""
 
@@ -84,6 +106,21 @@ class Service:
         body = {"model": model, "messages": [{"role": "user", "content": text}], **fields}
         return await self.ask("POST", "/v1/chat/completions", json=body)
 
+    @asynccontextmanager
+    async def streaming(self, model: str, text: str = "Hello", **fields: Any) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A streamed chat call under way; leaving early is hanging up."""
+        body = {"model": model, "stream": True, "messages": [{"role": "user", "content": text}], **fields}
+        headers = {"Authorization": f"Bearer {self.token}"}
+        async with self.session.post(f"{self.url}/v1/chat/completions", json=body, headers=headers) as response:
+            yield response
+
+    async def listen(self, model: str, text: str = "Hello", **fields: Any) -> Heard:
+        """One streamed chat call, heard to its end."""
+        async with self.streaming(model, text, **fields) as response:
+            body = await response.read()
+            lines = [line[6:] for line in body.split(b"\n\n") if line.startswith(b"data: ")]
+            return Heard(response.status, response.headers, tuple(lines))
+
     async def add_fake(self, name: str = "fake", *, is_awaited: bool = True, **options: Any) -> None:
         """A fake model with these knobs, ready unless told otherwise."""
         fields = {k: options.pop(k) for k in ("replicas", "slots", "context_tokens") if k in options}
@@ -107,6 +144,30 @@ class Service:
         """The replicas of a model, as the server shows them."""
         answer = (await self.ask("GET", "/api/replicas")).json()
         return [replica for replica in answer["replicas"] if replica["model"] == model]
+
+    async def calls(self) -> dict[str, int]:
+        """How many calls are being answered (outstanding) and how many wait (queued)."""
+        return dict((await self.ask("GET", "/api/status")).json()["calls"])
+
+    async def until_calls(self, *, outstanding: int, queued: int = 0) -> None:
+        """Wait until so many calls are being answered and wait for a slot."""
+
+        async def look() -> bool:
+            return await self.calls() == {"outstanding": outstanding, "queued": queued}
+
+        await until(look, f"{outstanding} calls are answered and {queued} wait")
+
+    async def usage(self, calls: int) -> dict[str, int]:
+        """What was recorded of the operator's calls, once it is ``calls`` of them, as must never be exceeded."""
+
+        async def look() -> dict[str, int] | None:
+            rows = (await self.ask("GET", "/api/usage")).json()["rows"]
+            names = ("calls", "prompt_tokens", "completion_tokens")
+            total = {name: sum(row[name] for row in rows) for name in names}
+            assert total["calls"] <= calls, f"a call was counted twice: {rows}"
+            return total if total["calls"] == calls else None
+
+        return await until(look, f"{calls} calls are recorded")
 
 
 @asynccontextmanager
