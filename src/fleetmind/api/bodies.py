@@ -1,41 +1,33 @@
-"""The bodies of requests, read whole within bounds.
+"""The bodies of requests, read whole within a bound of size.
 
-Knows neither routes nor what a body means. Invariant: never holds more than the bound and one piece of the network;
-what a client sends beyond it is dropped by its connection as it comes, so that the client gets to read the refusal.
+Knows neither routes nor what a body means; how long a body may take is the connection's business. Invariant: never
+holds more than the bound and one piece of the network; what a client sends beyond it is dropped by its connection as it
+comes, so that the client gets to read the refusal.
 """
-
-import asyncio
 
 from starlette.types import Message, Receive, Scope
 
-from fleetmind.core.errors import BodyTimeout, PayloadTooLarge
+from fleetmind.core.errors import PayloadTooLarge
 
 
-async def read_body(scope: Scope, receive: Receive, *, bytes_max: int, seconds_max: float) -> bytes:
+async def read_body(scope: Scope, receive: Receive, *, bytes_max: int) -> bytes:
     """The whole body of a request.
 
-    Raises PayloadTooLarge past ``bytes_max``, at once where the client says how much will come; BodyTimeout past
-    ``seconds_max``, ConnectionResetError where the client left.
+    Raises PayloadTooLarge past ``bytes_max``, at once where the client says how much will come; ConnectionResetError
+    where the client left, or was sent away because it took too long.
     """
     for name, value in scope["headers"]:
         # The parser has seen to it that it is a number. Longer than any that we'd take, it isn't worth being read.
         if name == b"content-length" and (len(value) > _LENGTH_DIGITS_MAX or int(value) > bytes_max):
             raise _too_large(bytes_max)
-    try:
-        async with asyncio.timeout(seconds_max):
-            message = await _next(receive)
-            if not message.get("more_body") and len(message["body"]) <= bytes_max:
-                return bytes(message["body"])
-            parts, size = [message["body"]], len(message["body"])
-            while message.get("more_body") and size <= bytes_max:
-                message = await _next(receive)
-                parts.append(message["body"])
-                size += len(message["body"])
-    except TimeoutError:
-        raise BodyTimeout(
-            f"The body did not arrive within {seconds_max:.0f} s.",
-            hint="Send it faster, or raise server.body_read_s_max.",
-        ) from None
+    message = await _next(receive)
+    if not message.get("more_body") and len(message["body"]) <= bytes_max:
+        return bytes(message["body"])
+    parts, size = [message["body"]], len(message["body"])
+    while message.get("more_body") and size <= bytes_max:
+        message = await _next(receive)
+        parts.append(message["body"])
+        size += len(message["body"])
     if size > bytes_max:
         raise _too_large(bytes_max)
     return b"".join(parts)

@@ -31,8 +31,8 @@ _BUSY_RETRY_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a client may do. ``arrive_s_max`` is the time for a head to arrive, and for a body that nobody reads any
-    more; ``stall_s_max`` how long a client may take nothing of an answer that waits for it."""
+    """What a client may do. ``arrive_s_max`` is the time for a head to arrive, and then for its body; ``stall_s_max``
+    how long a client may take nothing of an answer that waits for it."""
 
     arrive_s_max: float = 30.0
     stall_s_max: float = 60.0
@@ -118,6 +118,7 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False
+        self._began_s = self.loop.time()
         is_full = len(self.connections) > self._bounds.connections_max
         self.app = _busy if is_full else self.config.loaded_app
         if not self.url.startswith(b"/"):
@@ -162,11 +163,15 @@ class Connection(HttpToolsProtocol):
         if self.scope is None:  # not a byte of a request, so nobody waits for an answer
             self.transport.close()
         elif self._is_in_head:
-            seconds = self._bounds.arrive_s_max
-            hint = "Send it faster, or raise server.body_read_s_max."
-            self._refuse(408, BodyTimeout(f"No request arrived within {seconds:.0f} s.", hint=hint))
+            self._refuse_slow("No request arrived")
         elif self._running is None or self._running.response_complete:  # the rest of a body that nobody wants
             self.transport.close()
+        else:
+            self._refuse_slow("The body did not arrive")
+
+    def _refuse_slow(self, what: str) -> None:
+        hint = "Send it faster, or raise server.body_read_s_max."
+        self._refuse(408, BodyTimeout(f"{what} within {self._bounds.arrive_s_max:.0f} s.", hint=hint))
 
     def _note_stall(self) -> None:
         if self._stalled_s == math.inf:

@@ -95,7 +95,6 @@ def build(parts: Parts, direct: list[DirectRoute]) -> FastAPI:
         openapi_url=None,
     )
     app.router.route_class = GuardedRoute
-    app.state.body_read_s_max = parts.configuration.settings.server.body_read_s_max
     app.router.default = not_found
     app.router.redirect_slashes = False
     app.add_exception_handler(FleetmindError, _refuse)

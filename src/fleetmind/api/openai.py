@@ -44,9 +44,7 @@ def _answerer(kind: CallKind, gateway: Gateway, settings: ServerSettings) -> ASG
         principal: Principal = scope[PRINCIPAL]
         received_ns = monotonic_ns()
         try:
-            body = await read_body(
-                scope, receive, bytes_max=settings.body_bytes_max, seconds_max=settings.body_read_s_max
-            )
+            body = await read_body(scope, receive, bytes_max=settings.body_bytes_max)
         except ConnectionResetError:
             return
         call = parse_call(

@@ -19,8 +19,6 @@ from fleetmind.core.types import MIB
 
 BODY_BYTES_MAX = MIB
 """What a body may be below ``/api``: nothing there is large."""
-BODY_S_MAX = 30.0
-"""How long it may take to arrive, unless ``app.state.body_read_s_max`` says otherwise."""
 _METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 PRINCIPAL = "fleetmind.principal"
@@ -67,9 +65,8 @@ class GuardedRoute(APIRoute):
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.access.check(scope.get(PRINCIPAL))
         if scope["method"] in _METHODS_WITH_BODY:
-            seconds_max = getattr(scope["app"].state, "body_read_s_max", BODY_S_MAX)
             try:
-                body = await read_body(scope, receive, bytes_max=BODY_BYTES_MAX, seconds_max=seconds_max)
+                body = await read_body(scope, receive, bytes_max=BODY_BYTES_MAX)
             except ConnectionResetError:
                 return
             receive = replayed(body, receive)

@@ -76,16 +76,17 @@ class EventStream:
             deltas = _delta.decode_lines(body[6:].replace(b"\n\ndata: ", b"\n"))
         except (msgspec.DecodeError, RecursionError):
             return self._one_by_one(whole)
-        if any(delta.error is not None for delta in deltas):
-            return self._one_by_one(whole)
-        self.events += len(deltas)
-        hidden = [i for i, delta in enumerate(deltas) if delta.usage is not None and self._hides(delta)]
-        if not hidden:
+        marked = [i for i, delta in enumerate(deltas) if delta.usage is not None or delta.error is not None]
+        if not marked:
+            self.events += len(deltas)
             return whole
-        events = body.split(b"\n\n")
-        for i in reversed(hidden):
-            del events[i]
-        return b"\n\n".join(events) + (DONE_EVENT if body is not whole else b"")
+        if marked != [len(deltas) - 1] or deltas[-1].error is not None:
+            return self._one_by_one(whole)
+        self.events += len(deltas)  # the usual end: usage on the last event and nowhere else
+        if not self._hides(deltas[-1]):
+            return whole
+        before = body.rfind(b"\n\n", 0, -2)
+        return (body[: before + 2] if before >= 0 else b"") + whole[len(body) :]
 
     def close(self, reason: str | None = None) -> StreamBroken | None:
         """What is wrong with a stream that has ended, None if nothing is. ``reason`` is why the connection broke."""
