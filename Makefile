@@ -6,6 +6,7 @@
 #   make bench NAME=x    a benchmark of bench/; FULL=1 for the long run whose figures are published
 #   make wheel           dist/fleetmind-*.whl, for machines without make, Node or git
 #   make size            how much `make up` installs
+#   make docs            write the parts of the documentation that are made from the code
 #   make lock            write the lock files anew; UPGRADE=1 takes the newest versions
 #   make clean           remove what was made here, .venv too
 #
@@ -13,7 +14,7 @@
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help up install test check bench wheel size lock clean
+.PHONY: help up install test check bench wheel size docs lock clean
 
 PYTHON ?=
 VENV := .venv
@@ -42,6 +43,7 @@ check: install $(STAMPS)/dev
 
 bench: install $(STAMPS)/dev
 	@test -n "$(NAME)" || { echo "Which one? For example: make bench NAME=gateway" >&2; exit 2; }
+	@case "$(NAME)" in gateway|footprint) PYTHON=$(BIN)/python ./bench/peers/install ;; esac
 	FULL=$(FULL) $(BIN)/python -m bench.$(NAME) $(ARGS)
 
 wheel: $(STAMPS)/dev
@@ -49,6 +51,9 @@ wheel: $(STAMPS)/dev
 
 size: install
 	@$(BIN)/python requirements/size.py
+
+docs: $(STAMPS)/dev
+	$(BIN)/python -m tests.tidy.generated
 
 lock: $(STAMPS)/dev
 	./requirements/lock $(BIN)/python $(UPGRADE)

@@ -1,6 +1,6 @@
 """Where a Fleetmind keeps its state.
 
-Pure but for the user's own folder. Apart from ``core/config.py`` so that a command that only asks a running server
+Asks only for the user's own folder. Apart from ``core/config.py`` so that a command that only asks a running server
 need not load the whole configuration.
 """
 

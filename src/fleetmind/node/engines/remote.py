@@ -43,7 +43,7 @@ class Remote:
         if spec.key_env and not api_key:
             raise EngineStartFailed(
                 f"the environment variable {spec.key_env} with the server's key is not set",
-                hint="set it where fleetmind starts",
+                hint="set it where Fleetmind starts",
             )
         return Endpoint(spec.url.rstrip("/").removesuffix("/v1"), api_key)
 
