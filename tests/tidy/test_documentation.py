@@ -4,12 +4,15 @@ import ast
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.tidy.generated import DOCS, GENERATED, command_tree, pattern, route_table
 from tests.tidy.sources import ROOT, modules
+
+from fleetmind.node.engines.fake_knobs import Knobs
 
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("requirements/*.md"), *DOCS.rglob("*.md")])
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -94,6 +97,11 @@ def test_every_route_that_a_page_names_exists() -> None:
             if not any(method == known and pattern.fullmatch(path.rstrip(".")) for known, pattern in routes):
                 wrong.append(f"{page_id(page)}: {method} {path}")
     assert wrong == []
+
+
+def test_every_knob_of_the_fake_engine_is_described() -> None:
+    text = (DOCS / "simulation.md").read_text(encoding="utf-8")
+    assert [field.name for field in fields(Knobs) if f"| `{field.name}` |" not in text] == []
 
 
 def test_every_route_says_what_it_does() -> None:

@@ -29,23 +29,22 @@ def status(
     json: Json = False,
 ) -> None:
     """Show the server, its devices, models and replicas."""
-    from rich.console import RenderableType
     from rich.live import Live
 
     from fleetmind.cli import views
 
     output, client = Output(is_json=json), connect(resolve_home(home))
 
-    def look() -> RenderableType:
-        return views.status(client.get("/api/status"))
+    def look() -> dict[str, Any]:
+        return {**client.get("/api/status"), "refusals": client.get("/api/placement")["refusals"]}
 
     if watch and not json and sys.stdout.isatty():
-        with Live(look(), console=output.console(), screen=True, auto_refresh=False) as live:
+        with Live(views.status(look()), console=output.console(), screen=True, auto_refresh=False) as live:
             while True:
                 pause(WATCH_INTERVAL_S)
-                live.update(look(), refresh=True)
+                live.update(views.status(look()), refresh=True)
     while True:
-        found = client.get("/api/status")
+        found = look()
         output.result(found, partial(views.status, found))
         if not watch:
             return

@@ -18,6 +18,8 @@ Document = Mapping[str, Any]
 
 UNKNOWN = "–"
 SIMULATED = " (simulated)"
+DEVICES_SHOWN = 8
+"""Devices named in one line of refusals."""
 _STYLES = {
     "ready": "green", "ok": "green", "loading": "yellow", "starting": "yellow", "draining": "yellow", "warn": "yellow",
     "unplaced": "yellow", "failed": "red", "fail": "red", "stopped": "dim",
@@ -41,6 +43,8 @@ def status(document: Document) -> RenderableType:
     parts += [Text(""), devices(document["devices"]), Text(""), models(document["models"])]
     if document["replicas"]:
         parts += [Text(""), replicas(document["replicas"])]
+    if document["refusals"]:
+        parts += [Text(""), refusals(document["refusals"])]
     parts += [
         Text(f"Loop {loop['name']}: {loop['state']}, {loop['last_error']}", style="red")
         for loop in document["loops"]
@@ -54,7 +58,7 @@ def devices(documents: Iterable[Document]) -> RenderableType:
     table = _table("Device", "Kind", "Memory used", "of", "Granted", "Busy", "°C", "W", "Fault")
     for device in documents:
         table.add_row(
-            device["name"] + (SIMULATED if device["is_simulated"] else ""),
+            _labelled(device),
             device["kind"],
             _size(device["memory_bytes_used"]),
             _size(device["memory_bytes_total"]),
@@ -72,7 +76,7 @@ def models(documents: Iterable[Document]) -> RenderableType:
     table = _table("Model", "State", "Source", "Replicas", "Context", "Slots", "Weights", "Why")
     for model in documents:
         table.add_row(
-            model["name"] + (SIMULATED if model["is_simulated"] else ""),
+            _labelled(model),
             _state(model["state"]),
             model["source"],
             f"{model['replicas_ready']}/{model['replicas_wanted']}",
@@ -98,6 +102,19 @@ def replicas(documents: Iterable[Document]) -> RenderableType:
             str(replica["pid"] or UNKNOWN),
             replica["reason"],
         )
+    return table
+
+
+def refusals(documents: Iterable[Document]) -> RenderableType:
+    """Why models are not on devices; devices that say the same share a line."""
+    devices_by_reason: dict[tuple[str, str], list[str]] = {}
+    for refusal in documents:
+        devices_by_reason.setdefault((refusal["model"], refusal["message"]), []).append(refusal["device"] or "all")
+    table = _table("Not placed", "On", "Why")
+    for (model, reason), names in devices_by_reason.items():
+        shown = ", ".join(names[:DEVICES_SHOWN])
+        more = f" and {len(names) - DEVICES_SHOWN} more" if len(names) > DEVICES_SHOWN else ""
+        table.add_row(model, shown + more, reason)
     return table
 
 
@@ -131,7 +148,7 @@ def fit(document: Document) -> RenderableType:
     table = _table("Device", "Fits", "Needs", "Free", "Context at most", "Why")
     for device in document["devices"]:
         table.add_row(
-            device["name"] + (SIMULATED if device["is_simulated"] else ""),
+            _labelled(device),
             Text("yes", style="green") if device["fits"] else Text("no", style="red"),
             format_bytes(device["memory_bytes_needed"]),
             format_bytes(device["memory_bytes_free"]),
@@ -185,6 +202,12 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def _labelled(document: Document) -> str:
+    """Its name, saying that it is simulated where the name doesn't."""
+    name = str(document["name"])
+    return name + SIMULATED if document["is_simulated"] and not name.endswith(SIMULATED) else name
 
 
 def _value(value: object) -> str:

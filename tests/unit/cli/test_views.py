@@ -31,7 +31,7 @@ STATUS: dict[str, Any] = {
          "outstanding": 0, "is_simulated": True}
     ],
     "loops": [{"name": "devices", "state": "backing_off", "restarts": 3, "last_error": "OSError"}],
-    "calls": {"outstanding": 2, "queued": 5},
+    "calls": {"outstanding": 2, "queued": 5}, "refusals": [],
 }  # fmt: skip
 
 
@@ -42,6 +42,20 @@ def test_status_shows_state_reasons_simulation_and_failing_loops() -> None:
     assert "H200 (simulated)" in text
     assert "m (simulated)" in text
     assert "Loop devices" in text
+
+
+def test_a_name_that_says_it_is_simulated_is_not_labelled_twice() -> None:
+    assert drawn(views.devices([{**DEVICE, "name": "H200 (simulated)"}])).count("(simulated)") == 1
+
+
+def test_refusals_that_say_the_same_share_a_line_and_long_lines_are_cut() -> None:
+    refusals = [{"model": "m", "device": f"card-{number}", "message": "needs 9, 4 free"} for number in range(10)]
+    refusals.append({"model": "m", "device": None, "message": "no devices"})
+    _, first, second = drawn(views.status({**STATUS, "refusals": refusals})).splitlines()[-4:-1]
+    assert "card-0, card-1" in first
+    assert "card-7 and 2 more" in first
+    assert "card-8" not in first
+    assert second.split() == ["m", "all", "no", "devices"]
 
 
 def test_what_a_device_does_not_say_is_a_dash() -> None:
