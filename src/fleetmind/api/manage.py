@@ -450,6 +450,8 @@ async def _refuse_ours(request: Request, _: Exception) -> Response:
 
 async def _add(catalog: Catalog, wanted: schemas.ModelIn) -> Model:
     """Add what ``wanted`` describes. Raises InvalidRequest where a field that its source needs is missing."""
+    if wanted.options and wanted.source not in ("file", "fake"):
+        raise InvalidRequest(f"A model of source {wanted.source!r} has no options.", param="options")
     match wanted.source:
         case "packaged":
             return await catalog.add_packaged(context_tokens=wanted.context_tokens, slots=wanted.slots)
@@ -460,6 +462,7 @@ async def _add(catalog: Catalog, wanted: schemas.ModelIn) -> Model:
                 context_tokens=wanted.context_tokens,
                 slots=wanted.slots,
                 replicas=wanted.replicas,
+                options=wanted.options,
             )
         case "remote":
             name = _needed(wanted.name, "name", wanted.source)

@@ -147,7 +147,8 @@ class ModelIn(_In):
     """A model to add. ``file`` needs path, ``remote`` url and name, ``fake`` name; ``packaged`` nothing.
 
     ``key_env`` names the environment variable of this server that holds the remote one's key. ``context_tokens`` is per
-    slot.
+    slot. ``options`` of a file are ``embedding`` (true: it makes vectors and nothing else) and ``pooling``; of a fake
+    one its knobs.
     """
 
     source: Literal["file", "remote", "fake", "packaged"]

@@ -7,6 +7,7 @@ journal entry that says how it came there; a document that can't be read is repo
 
 import asyncio
 import difflib
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -128,16 +129,21 @@ class Catalog:
         context_tokens: int | None = None,
         slots: int | None = None,
         replicas: int = 1,
+        options: Mapping[str, object] | None = None,
     ) -> Model:
         """Add a GGUF file. Without a name it gets one from the file's; without a context and slots, the defaults.
 
-        More context than the model was trained for is cut to that, and the model's ``note`` says so.
-        Raises InvalidModelFile, InvalidRequest, Conflict.
+        More context than the model was trained for is cut to that, and the model's ``note`` says so. ``options`` are
+        those of FILE_OPTIONS. Raises InvalidModelFile, InvalidRequest, Conflict.
         """
         chosen = _checked_name(name if name is not None else slug(Path(path).stem))
+        _check_file_options(options or {})
         self._refuse_taken(chosen)
         real, mark, header = await asyncio.to_thread(_read_file, path)
         model = self._from_header(chosen, ModelSource.FILE, real, header, context_tokens, slots, replicas)
+        if options:
+            wants_vectors = bool(options.get("embedding", Ability.EMBEDDING in model.abilities))
+            model = replace(model, options=dict(options), abilities=_abilities(gives_embeddings=wants_vectors))
         return await self._add(Entry(model, mark))
 
     async def add_packaged(self, *, context_tokens: int | None = None, slots: int | None = None) -> Model:
@@ -298,7 +304,7 @@ class Catalog:
             context_tokens=min(wanted, trained),
             slots=_bounded("slots", self._settings.models.slots if slots is None else slots),
             replicas_wanted=_bounded("replicas", replicas),
-            abilities=frozenset({Ability.EMBEDDING} if header.gives_embeddings else {Ability.CHAT, Ability.COMPLETION}),
+            abilities=_abilities(gives_embeddings=header.gives_embeddings),
             path=path,
             shape=header.shape,
             added_at_s=self._clock.now_s(),
@@ -360,6 +366,29 @@ def _checked_name(name: str) -> ModelName:
             param="name",
         )
     return ModelName(name)
+
+
+FILE_OPTIONS: Mapping[str, tuple[bool | str, ...]] = {
+    "embedding": (True,),
+    "pooling": ("none", "mean", "cls", "last", "rank"),
+}
+"""What may be chosen for a file: to make vectors with a model that talks, and how tokens become one vector."""
+
+
+def _check_file_options(options: Mapping[str, object]) -> None:
+    for name, value in options.items():
+        accepted = FILE_OPTIONS.get(name)
+        if accepted is None:
+            known = ", ".join(FILE_OPTIONS)
+            raise InvalidRequest(f"there is no option {name!r} for a file; there are {known}", param="options")
+        if not any(value is one or (isinstance(value, str) and value == one) for one in accepted):
+            choices = ", ".join(map(json.dumps, accepted))
+            raise InvalidRequest(f"the option {name} takes one of {choices}, not {value!r}", param="options")
+
+
+def _abilities(*, gives_embeddings: bool) -> frozenset[Ability]:
+    """llama.cpp does one or the other."""
+    return frozenset({Ability.EMBEDDING} if gives_embeddings else {Ability.CHAT, Ability.COMPLETION})
 
 
 _BOUNDS = {

@@ -84,6 +84,16 @@ async def test_an_encoder_can_only_embed(catalog: Catalog, tmp_path: Path) -> No
     assert (await catalog.add_file(path)).abilities == {Ability.EMBEDDING}
 
 
+async def test_a_file_that_talks_can_be_made_to_embed_instead(catalog: Catalog, file: Path) -> None:
+    model = await catalog.add_file(file, options={"embedding": True, "pooling": "mean"})
+    assert model.abilities == {Ability.EMBEDDING}
+    assert model.options == {"embedding": True, "pooling": "mean"}
+    assert (await catalog.add_file(file, name="talks", options={})).abilities == {Ability.CHAT, Ability.COMPLETION}
+    for options in ({"embeding": True}, {"embedding": 1}, {"embedding": "yes"}, {"pooling": "sum"}, {"pooling": True}):
+        with pytest.raises(InvalidRequest):
+            await catalog.add_file(file, name="bad", options=options)
+
+
 async def test_a_bad_file_is_refused_and_leaves_nothing(catalog: Catalog, store: MemoryDocuments, file: Path) -> None:
     os.truncate(file, 100)
     with pytest.raises(InvalidModelFile):
