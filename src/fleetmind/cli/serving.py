@@ -7,7 +7,8 @@ for. With ``--detach`` the same command is run once more in a session of its own
 import json as jsonlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from fleetmind.app import Started
     from fleetmind.core.config import Configuration
 
+NARRATE_INTERVAL_S = 0.5
+READY = "ready"
 DETACHED_LOG = "up.log"
 SAID_CHARS_MAX = 2000
 
@@ -114,9 +117,53 @@ def _serve(home: Path, flags: Mapping[str, str], output: Output) -> None:
         else:
             output.write(banner(document))
 
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with narrated(home, output), asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(serve(home, configuration, on_ready=tell))
     output.say("Stopped.")
+
+
+@contextmanager
+def narrated(home: Path, output: Output, *, interval_s: float = NARRATE_INTERVAL_S) -> Iterator[None]:
+    """Tell, while the server inside starts, what its models wait for, until each is ready or has failed.
+
+    A thread that asks over HTTP like any other client: the server's loop is not to be disturbed by its terminal.
+    """
+    import threading
+
+    is_over = threading.Event()
+
+    def narrate() -> None:
+        said: dict[str, str] = {}
+        while not is_over.wait(interval_s):
+            server = find(home)
+            if server is None:
+                continue
+            try:
+                models = client_of(server).get("/api/models")["models"]
+            except FleetmindError:
+                continue  # it is starting or stopping
+            for name, words in progress(models).items():
+                if said.get(name, READY) != words:
+                    output.say(f"{name}: {words}")
+                said[name] = words
+            if all(model["state"] in ("ready", "failed") for model in models):
+                return
+
+    thread = threading.Thread(target=narrate, name="narrator", daemon=True)
+    if not output.is_json:
+        thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+
+
+def progress(models: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """What each model waits for, in words."""
+    return {
+        model["name"]: READY if model["state"] == "ready" else f"{model['state']}, {model['reason']}".rstrip(", ")
+        for model in models
+    }
 
 
 def document_of(started: "Started", configuration: "Configuration") -> dict[str, Any]:
