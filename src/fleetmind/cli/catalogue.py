@@ -67,7 +67,11 @@ def add(
     fake: Annotated[bool, typer.Option("--fake", help="Its answers are invented, for tests and demos.")] = False,
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", metavar="KNOB=VALUE", help="A knob of the fake engine. May be given often."),
+        typer.Option(
+            "--option",
+            metavar="NAME=VALUE",
+            help="A knob of the fake engine, or of a file embedding=true: it makes vectors. May be given often.",
+        ),
     ] = None,
     wait: Wait = True,
     home: Home = None,
@@ -77,6 +81,7 @@ def add(
 
     \b
     fleetmind models add ~/weights/qwen2.5-0.5b-q4_k_m.gguf --context 8k
+    fleetmind models add ~/weights/nomic-embed.gguf --option embedding=true
     fleetmind models add smollm2-135m-instruct
     fleetmind models add big --remote https://llm.example.org/v1 --remote-model llama-70b --key-env LLM_KEY
     fleetmind models add pretend --fake --option tokens_per_s=50
@@ -89,7 +94,9 @@ def add(
         wanted |= {"source": "remote", "name": name or model, "url": remote}
         wanted |= {"remote_model": remote_model or model, "key_env": key_env}
     elif fake:
-        wanted |= {"source": "fake", "name": name or model, "options": knobs(pairs(option, "--option"))}
+        wanted |= {"source": "fake", "name": name or model}
+    if option:
+        wanted["options"] = knobs(pairs(option, "--option"))
     client = connect(place)
     if "source" not in wanted:
         wanted |= _local(model, name, place, output)

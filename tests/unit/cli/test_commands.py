@@ -168,9 +168,17 @@ def test_adding_a_file_sends_its_absolute_path(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "weights.gguf").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
     with home_with(tmp_path) as server:
-        assert run(["models", "add", "weights.gguf", "--context", "8k", "--name", "m", "--home", str(tmp_path)]) == 0
+        flags = ["--context", "8k", "--name", "m", "--option", "embedding=true"]
+        assert run(["models", "add", "weights.gguf", *flags, "--home", str(tmp_path)]) == 0
     assert bodies(server, "/api/models") == [
-        {"source": "file", "path": str(tmp_path / "weights.gguf"), "name": "m", "context_tokens": 8192, "replicas": 1}
+        {
+            "source": "file",
+            "path": str(tmp_path / "weights.gguf"),
+            "name": "m",
+            "context_tokens": 8192,
+            "replicas": 1,
+            "options": {"embedding": True},
+        }
     ]
 
 
