@@ -3,7 +3,7 @@
 #   make up              install what is needed into .venv and serve; Ctrl-C ends it. ARGS="--port 9300" goes to `fleetmind up`
 #   make test            all tests; ARGS="tests/unit -k placement" for some
 #   make check           style, types, layers and lock files, without running the product
-#   make bench NAME=x    a benchmark of bench/; FULL=1 for the long run whose figures are published
+#   make bench NAME=x    a benchmark of bench/, all without NAME; FULL=1 for the long run whose figures are published
 #   make wheel           dist/fleetmind-*.whl, for machines without make, Node or git
 #   make size            how much `make up` installs
 #   make docs            write the parts of the documentation that are made from the code
@@ -20,6 +20,7 @@ PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
+BENCHES := gateway streams tokens footprint
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 LOCKED := $(PIP) install --quiet --quiet --no-compile --require-hashes
 
@@ -42,9 +43,8 @@ check: install $(STAMPS)/dev
 	$(BIN)/python -m pytest tests/tidy/test_locks.py
 
 bench: install $(STAMPS)/dev
-	@test -n "$(NAME)" || { echo "Which one? For example: make bench NAME=gateway" >&2; exit 2; }
-	@case "$(NAME)" in gateway|footprint) PYTHON=$(BIN)/python ./bench/peers/install ;; esac
-	FULL=$(FULL) $(BIN)/python -m bench.$(NAME) $(ARGS)
+	@case "$(NAME)" in ''|gateway|footprint) PYTHON=$(BIN)/python ./bench/peers/install ;; esac
+	@for name in $(or $(NAME),$(BENCHES)); do FULL=$(FULL) $(BIN)/python -m bench.$$name $(ARGS) || exit; done
 
 wheel: $(STAMPS)/dev
 	$(BIN)/python -m build --no-isolation --outdir dist .

@@ -322,7 +322,15 @@ def _locked(home: Path) -> Iterator[None]:
 def _discoverable(home: Path, parts: Parts) -> Iterator[None]:
     """Let the command line of the same user find the server and speak to it with all rights."""
     token = parts.keys.add_operator()
-    address = {"url": parts.url, "pid": parts.pid, "started_at_s": parts.started_at_s, "token": token}
+    address: dict[str, object] = {
+        "url": parts.url,
+        "pid": parts.pid,
+        "started_at_s": parts.started_at_s,
+        "token": token,
+    }
+    certificate = parts.configuration.settings.server.tls_certificate
+    if certificate:  # the command line trusts exactly this one
+        address["tls_certificate"] = str(Path(certificate).resolve())
     files = {home / "run" / "token": token, home / "run" / "server.json": json.dumps(address)}
     for path, text in files.items():
         _write_private(path, text.encode())
@@ -367,7 +375,8 @@ def _write_private(path: Path, content: bytes) -> None:
 
 def _device_words(fleet: FleetSnapshot) -> Iterator[str]:
     for view in fleet.devices:
-        simulated = " (simulated)" if view.device.is_simulated else ""
+        is_unsaid = view.device.is_simulated and "simulated" not in view.device.name
+        simulated = " (simulated)" if is_unsaid else ""
         yield f"{view.device.name}, {format_bytes(view.device.memory_bytes_total)}{simulated}"
 
 
