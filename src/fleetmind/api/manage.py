@@ -7,7 +7,6 @@ declares who may use it.
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
@@ -21,11 +20,13 @@ from fleetmind.api import schemas, views
 from fleetmind.api.auth import KeyRing, Principal, Scope
 from fleetmind.api.doctor import Doctor
 from fleetmind.api.gate import not_found
+from fleetmind.api.openai import entry_of
+from fleetmind.api.page import add_page
 from fleetmind.api.problems import body_of, headers_of, status_of
 from fleetmind.api.routes import PRINCIPAL, PUBLIC, DirectRoute, GuardedRoute, allow
 from fleetmind.core.clock import Clock
 from fleetmind.core.config import Configuration
-from fleetmind.core.errors import FleetmindError, InternalError, InvalidRequest, ModelNotFound, NotFound
+from fleetmind.core.errors import FleetmindError, InternalError, InvalidRequest, ModelNotFound
 from fleetmind.core.supervise import Supervisor
 from fleetmind.core.telemetry import Metrics, log
 from fleetmind.core.types import ModelName, ReplicaId
@@ -35,6 +36,7 @@ from fleetmind.fleet.gguf import read_header
 from fleetmind.fleet.inventory import Inventory
 from fleetmind.fleet.reconcile import Reconciler
 from fleetmind.fleet.snapshot import FleetSnapshot, Model
+from fleetmind.gateway.calls import model_not_found
 from fleetmind.gateway.dispatch import Gateway
 from fleetmind.gateway.routing import explain
 from fleetmind.node.daemon import NodeDaemon
@@ -47,17 +49,6 @@ _log = log(__name__)
 
 LOG_LINES_MAX = 10_000
 POSITION_MAX = 2**63 - 1
-_CONTENT_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-_PAGE_HEADERS = {
-    "content-security-policy": _CONTENT_POLICY,
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-cache",
-}
-_PAGE_FILES = {"page.js": "text/javascript", "page.css": "text/css", "icon.svg": "image/svg+xml"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +93,7 @@ def build(parts: Parts, direct: list[DirectRoute]) -> FastAPI:
     app.add_exception_handler(HTTPException, _refuse_plain)
     app.add_exception_handler(Exception, _refuse_ours)
     app.router.routes.extend(direct)
+    add_page(app)
     _add_public(app, parts)
     _add_status(app, parts)
     _add_models(app, parts)
@@ -112,20 +104,6 @@ def build(parts: Parts, direct: list[DirectRoute]) -> FastAPI:
 
 
 def _add_public(app: FastAPI, parts: Parts) -> None:
-    static = resources.files("fleetmind.api") / "static"
-
-    @app.get("/", include_in_schema=False)
-    @allow(PUBLIC)
-    async def page() -> Response:
-        return Response((static / "index.html").read_bytes(), media_type="text/html", headers=_PAGE_HEADERS)
-
-    @app.get("/static/{name}", include_in_schema=False)
-    @allow(PUBLIC)
-    async def page_file(name: str) -> Response:
-        if name not in _PAGE_FILES:
-            raise NotFound("There is no such file.")
-        return Response((static / name).read_bytes(), media_type=_PAGE_FILES[name], headers=_PAGE_HEADERS)
-
     @app.get("/health", tags=["health"])
     @allow(PUBLIC)
     async def health() -> schemas.HealthOut:
@@ -239,6 +217,16 @@ def _add_models(app: FastAPI, parts: Parts) -> None:
         """Remove a model from the catalogue; its replicas finish their calls and stop. Files stay."""
         await parts.catalog.remove(name)
 
+    @app.get("/v1/models/{name}", tags=["models"])
+    @allow(Scope.INFER)
+    async def listed_model(name: str, request: Request) -> dict[str, object]:
+        """One model as OpenAI's API shows it."""
+        fleet, allowed = parts.inventory.snapshot(), _principal(request).models
+        known = {model.name: model for model in fleet.models.values() if not allowed or model.name in allowed}
+        if ModelName(name) not in known:
+            raise model_not_found(name, known)
+        return entry_of(known[ModelName(name)], fleet)
+
     @app.get("/api/models/{name}/routes", tags=["models"])
     @allow(Scope.READ)
     async def model_routes(name: str) -> schemas.LinesOut:
@@ -328,9 +316,13 @@ def _add_keys(app: FastAPI, parts: Parts) -> None:
 
 
 def _asker(request: Request) -> str:
+    return _principal(request).key_id
+
+
+def _principal(request: Request) -> Principal:
     principal = request.scope[PRINCIPAL]
     assert isinstance(principal, Principal), "the route let in only a valid key"
-    return principal.key_id
+    return principal
 
 
 def _add_records(app: FastAPI, parts: Parts) -> None:

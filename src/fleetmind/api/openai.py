@@ -18,7 +18,7 @@ from fleetmind.api.routes import PRINCIPAL, DirectRoute
 from fleetmind.core.clock import monotonic_ns
 from fleetmind.core.config import ServerSettings
 from fleetmind.core.errors import FleetmindError, Forbidden
-from fleetmind.fleet.snapshot import FleetSnapshot
+from fleetmind.fleet.snapshot import FleetSnapshot, Model
 from fleetmind.gateway.calls import Call, CallKind, Served, parse_call
 from fleetmind.gateway.dispatch import Gateway
 from fleetmind.gateway.streaming import error_event
@@ -130,18 +130,23 @@ class _ClientWatch:
         self._task.cancel()
 
 
+def entry_of(model: Model, fleet: FleetSnapshot) -> dict[str, object]:
+    """A model as OpenAI's API lists it, and whether it is served now."""
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": int(model.added_at_s),
+        "owned_by": "fleetmind",
+        "ready": model.name in fleet.ready,
+    }
+
+
 def _models_lister(snapshot: Callable[[], FleetSnapshot]) -> ASGIApp:
     async def list_models(scope: Scope, receive: Receive, send: Send) -> None:
         fleet = snapshot()
         principal: Principal = scope[PRINCIPAL]
         models = [
-            {
-                "id": model.name,
-                "object": "model",
-                "created": int(model.added_at_s),
-                "owned_by": "fleetmind",
-                "ready": model.name in fleet.ready,
-            }
+            entry_of(model, fleet)
             for model in sorted(fleet.models.values(), key=lambda model: model.name)
             if not principal.models or model.name in principal.models
         ]

@@ -285,7 +285,7 @@ class _Ledger:
         if (fault := device_fault(view)) is not None:
             return RefusalCode.DEVICE_FAULT, fault
         kinds = self._policy.engine_kinds.get(model.engine)
-        if kinds is not None and device.kind not in kinds:
+        if kinds is not None and device.kind not in kinds and not device.is_simulated:
             able = " and ".join(sorted(kinds)) or "nothing here"
             return RefusalCode.WRONG_KIND, f"the engine {model.engine} computes on {able}, not on {device.kind}"
         if model.source is not ModelSource.FAKE:

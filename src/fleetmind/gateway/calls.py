@@ -98,6 +98,8 @@ class _Bounds(msgspec.Struct):
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
+    top_logprobs: int | None = None
+    n_probs: int | None = None
     stop: str | list[str] | None = None
     user: str | None = None
 
@@ -110,6 +112,7 @@ class _Chat(_Bounds):
 
 class _Completion(_Bounds):
     prompt: str | list[str] | list[int] | list[list[int]] | None = None
+    logprobs: bool | int | None = None
 
 
 class _Embedding(msgspec.Struct):
@@ -128,7 +131,11 @@ class _ReplyUsage(msgspec.Struct):
 
 _chat = msgspec.json.Decoder(_Chat)
 # msgspec can't tell the arms of a union of lists apart, so those fields are decoded loosely and checked below.
-_completion = msgspec.json.Decoder(msgspec.defstruct("_CompletionLoose", [("prompt", Any, None)], bases=(_Bounds,)))
+_completion = msgspec.json.Decoder(
+    msgspec.defstruct(
+        "_CompletionLoose", [("prompt", Any, None), ("logprobs", bool | int | None, None)], bases=(_Bounds,)
+    )
+)
 _embedding = msgspec.json.Decoder(msgspec.defstruct("_EmbeddingLoose", [("model", str), ("input", Any)]))
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _reply = msgspec.json.Decoder(_Reply)
@@ -187,6 +194,7 @@ def parse_call(
         )
     if head.n is not None and not 1 <= head.n <= _N_MAX:
         raise InvalidRequest(f"n is {head.n}.", hint=f"Give a whole number from 1 to {_N_MAX}.", param="n")
+    _check_logprobs(head)
     options = head.stream_options
     return Call(
         id=call_id,
@@ -207,6 +215,17 @@ _DECODERS: dict[CallKind, Any] = {
     CallKind.EMBEDDING: _embedding,
 }
 _N_MAX = 128
+LOGPROBS_MAX = 100
+"""Alternatives per token. An engine asked for all of its vocabulary needs a hundred times the memory of the answer."""
+
+
+def _check_logprobs(head: Any) -> None:
+    for param in ("top_logprobs", "n_probs", "logprobs"):
+        count = getattr(head, param, None)
+        if count is not None and not 0 <= count <= LOGPROBS_MAX:
+            raise InvalidRequest(
+                f"{param} is {count}.", hint=f"Give a whole number from 0 to {LOGPROBS_MAX}.", param=param
+            )
 
 
 def _check_text(value: object, param: str) -> None:

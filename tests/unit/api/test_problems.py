@@ -15,7 +15,9 @@ from fleetmind.core.errors import (
 
 
 def kinds(root: type[FleetmindError]) -> list[type[FleetmindError]]:
-    return [root, *(kind for child in root.__subclasses__() for kind in kinds(child))]
+    """The tree of core/errors.py, without what other packages may add below it."""
+    children = [child for child in root.__subclasses__() if child.__module__ == errors.__name__]
+    return [root, *(kind for child in children for kind in kinds(child))]
 
 
 def made(kind: type[FleetmindError]) -> FleetmindError:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xllamacpp
 
 from fleetmind.core.errors import ConfigurationError, EngineStartFailed
 from fleetmind.core.settings import NodeSettings
 from fleetmind.core.types import DeviceId, ModelName, ReplicaId
-from fleetmind.node.engines import llama_server, registry
+from fleetmind.node.engines import llama_server, llamacpp, registry
 from fleetmind.node.engines.fake import Fake
 from fleetmind.node.engines.llama_server import NEEDED, Capabilities, LlamaServer
 from fleetmind.node.engines.llamacpp import LlamaCpp
@@ -157,3 +158,19 @@ def test_the_fake_engine_takes_slots_and_context_from_the_spec() -> None:
     order = json.loads(Fake().command(spec(options={"slots": 9}), [CPU], ENDPOINT).stdin)
     assert order["knobs"] == {"slots": 9, "context_tokens": 1000}
     assert order["api_key"] == "the-key"
+
+
+async def test_what_the_embedded_build_computes_on_is_asked_not_assumed() -> None:
+    facts = (await llamacpp.find(os.environ)).facts
+    assert DeviceKind.CPU in facts.device_kinds
+    assert (DeviceKind.CUDA in facts.device_kinds) == any("_GPU" in str(d["type"]) for d in xllamacpp.get_device_info())
+
+
+@pytest.mark.parametrize(("listed", "kinds"), [("CUDA0: card", set(DeviceKind)), ("none", {DeviceKind.CPU})])
+async def test_a_binary_says_which_devices_it_computes_on(tmp_path: Path, listed: str, kinds: set[DeviceKind]) -> None:
+    flags = "\n".join(f"{flag} X    help" for flag in sorted(NEEDED | {"--list-devices"}))
+    code = f"import sys\nprint({{'--help': {flags!r}, '--list-devices': '  {listed}'}}.get(sys.argv[1], 'version: 1'))"
+    path = program(tmp_path / "llama-server", code)
+    found = await llama_server.find(str(path), os.environ)
+    assert found is not None
+    assert found.facts.device_kinds == kinds

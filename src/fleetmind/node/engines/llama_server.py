@@ -1,27 +1,25 @@
 """llama.cpp's own ``llama-server``, when there is one: preferred, as it is built for this machine.
 
-What the binary can do is read from its ``--help``, not assumed: only flags it knows are given. Invariant: the key
-reaches it by a file of mode 0600, never by its arguments or environment.
+What the binary can do is read from its ``--help`` and ``--list-devices``, not assumed: only flags it knows are given.
+Invariant: the key reaches it by a file of mode 0600, never by its arguments or environment.
 """
 
 import asyncio
 import os
 import re
 import shutil
-import signal
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from fleetmind.core.errors import ConfigurationError
 from fleetmind.node.engine import Command, EngineFacts, Health
 from fleetmind.node.engines import llamacpp
-from fleetmind.node.protocol import Device, Endpoint, ReplicaSpec
+from fleetmind.node.engines.asking import output_of
+from fleetmind.node.protocol import Device, DeviceKind, Endpoint, ReplicaSpec
 
 NAME = "llama-server"
 KEY_FILE = "api-key"
-ASK_S_MAX = 10.0
-HELP_BYTES_MAX = 1024**2
+LIST_DEVICES = "--list-devices"
 NEEDED = frozenset({"--model", "--host", "--port", "--ctx-size", "--parallel", "--api-key-file"})
 
 
@@ -31,6 +29,7 @@ class Capabilities:
 
     version: str
     flags: frozenset[str]
+    device_kinds: frozenset[DeviceKind] = frozenset(DeviceKind)
 
 
 class LlamaServer:
@@ -42,7 +41,7 @@ class LlamaServer:
 
     @property
     def facts(self) -> EngineFacts:
-        return EngineFacts(name="llamacpp", needs_file=True)
+        return EngineFacts(name="llamacpp", needs_file=True, device_kinds=self.capabilities.device_kinds)
 
     def command(self, spec: ReplicaSpec, devices: Sequence[Device], endpoint: Endpoint) -> Command:
         """The binary with the flags it knows; the same choices as for the embedded engine."""
@@ -118,48 +117,17 @@ async def find(setting: str, environ: Mapping[str, str]) -> LlamaServer | None:
 
 async def ask(path: str, environ: Mapping[str, str]) -> Capabilities:
     """What the binary at ``path`` says of itself; nothing when it does not answer as one should."""
-    environment = {name: environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in environ}
-    version, help_text = await asyncio.gather(
-        _output(path, "--version", environment), _output(path, "--help", environment)
-    )
+    version, help_text = await asyncio.gather(output_of(environ, path, "--version"), output_of(environ, path, "--help"))
     found = re.search(r"version:\s*(\S.*)", version)
-    return Capabilities(
-        version=found[1].strip() if found else "",
-        flags=frozenset(flag for line in help_text.splitlines() for flag in _flags_of(line)),
-    )
+    flags = frozenset(flag for line in help_text.splitlines() for flag in _flags_of(line))
+    kinds = frozenset(DeviceKind)
+    if LIST_DEVICES in flags:
+        listed = await output_of(environ, path, LIST_DEVICES)
+        kinds = frozenset(DeviceKind) if re.search(r"^\s*CUDA\d+:", listed, re.MULTILINE) else llamacpp.CPU_ONLY
+    return Capabilities(found[1].strip() if found else "", flags, kinds)
 
 
 def _flags_of(line: str) -> list[str]:
     """The flags that a line of the help introduces, as in ``-c,    --ctx-size N    size of the prompt context``."""
     head = re.match(r"\s{0,4}(-{1,2}[\w-]+(?:,\s*-{1,2}[\w-]+)*)", line)
     return re.findall(r"-{1,2}[\w-]+", head[1]) if head else []
-
-
-async def _output(path: str, argument: str, environment: Mapping[str, str]) -> str:
-    try:
-        process = await asyncio.create_subprocess_exec(
-            path,
-            argument,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    except OSError:
-        return ""
-    assert process.stdout is not None
-    text = b""
-    try:
-        async with asyncio.timeout(ASK_S_MAX):
-            while len(text) < HELP_BYTES_MAX and (piece := await process.stdout.read(65536)):
-                text += piece
-    except TimeoutError:
-        pass
-    finally:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        while await process.stdout.read(65536):  # asyncio sees the end only once the pipe is empty
-            pass
-        await process.wait()
-    return text.decode("utf-8", errors="replace")

@@ -17,10 +17,12 @@ from typing import Any
 
 from fleetmind.core.errors import EngineStartFailed
 from fleetmind.node.engine import Command, EngineFacts, Health, HealthState
+from fleetmind.node.engines.asking import output_of
 from fleetmind.node.engines.probing import Asker
 from fleetmind.node.protocol import Ability, Device, DeviceKind, Endpoint, ReplicaSpec
 
-FACTS = EngineFacts(name="llamacpp", needs_file=True)
+CPU_ONLY = frozenset({DeviceKind.CPU})
+_LIST_DEVICES = "import xllamacpp\nfor device in xllamacpp.get_device_info(): print(device['type'])"
 CHILD = "fleetmind.node.engines.llamacpp_child"
 CACHE_RAM_MIB = 0
 """llama.cpp may keep prompts of idle slots in up to 8 GiB of RAM, which placement knows nothing of: off."""
@@ -31,11 +33,14 @@ gateway is one, spinning costs most of the speed: 14 instead of 72 tokens/s were
 
 
 class LlamaCpp:
-    """The embedded llama.cpp engine."""
+    """The embedded llama.cpp engine. ``device_kinds`` is what the installed build computes on; see ``find``."""
+
+    def __init__(self, device_kinds: frozenset[DeviceKind] = CPU_ONLY) -> None:
+        self._facts = EngineFacts(name="llamacpp", needs_file=True, device_kinds=device_kinds)
 
     @property
     def facts(self) -> EngineFacts:
-        return FACTS
+        return self._facts
 
     def command(self, spec: ReplicaSpec, devices: Sequence[Device], endpoint: Endpoint) -> Command:
         """The child that serves ``spec``. Raises EngineStartFailed when xllamacpp is not installed."""
@@ -55,6 +60,12 @@ class LlamaCpp:
 
     async def probe(self, endpoint: Endpoint, spec: ReplicaSpec) -> Health:
         return await probe(endpoint, spec)
+
+
+async def find(environ: Mapping[str, str]) -> LlamaCpp:
+    """The embedded engine, with what its build computes on: the package comes with and without support for GPUs."""
+    listed = await output_of(environ, sys.executable, "-P", "-c", _LIST_DEVICES)
+    return LlamaCpp(frozenset(DeviceKind) if "_GPU" in listed else CPU_ONLY)
 
 
 def parameters(spec: ReplicaSpec, devices: Sequence[Device], endpoint: Endpoint) -> dict[str, Any]:
