@@ -296,6 +296,8 @@ class NodeDaemon:
             if health.state is HealthState.FAILED:
                 replica.end(health.detail)
                 return
+            if replica.process is None and replica.report.reason != health.detail:  # what the server elsewhere lacks
+                self._show(replica, reason=health.detail)
             await self._clock.sleep(pause_s)
             pause_s = min(pause_s * 1.2, START_PROBE_S_MAX)
         replica.end(f"not ready after {self._settings.start_s_max:.0f} s: {health.state} {health.detail}".rstrip())

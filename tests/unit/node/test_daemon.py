@@ -253,6 +253,18 @@ async def test_a_remote_that_refuses_the_key_fails_with_that_reason(tmp_path: Pa
             await node.daemon.ensure_ready(replace(near, id=ReplicaId("near-2"), key_env="NO_KEY"))
 
 
+async def test_a_remote_that_is_away_says_so_while_it_is_waited_for(tmp_path: Path) -> None:
+    with socket.socket() as taken:  # a port that nobody listens on
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+        quick = QUICK.model_copy(update={"start_s_max": 0.3})
+        async with running_node(tmp_path, [Remote({})], settings=quick) as node:
+            with pytest.raises(EngineStartFailed):
+                await node.daemon.ensure_ready(spec(node, "away", "remote", url=url, device_ids=()))
+            waiting = [report.reason for report in node.changes.seen if report.state is ReplicaState.STARTING]
+    assert any("refused" in reason.lower() or "connect" in reason.lower() for reason in waiting), waiting
+
+
 async def test_a_simulated_device_holds_what_its_replicas_were_granted(tmp_path: Path) -> None:
     path = tmp_path / "devices.yaml"
     path.write_text("devices: [{name: card, memory: 11GiB, count: 2, foreign_memory: 1GiB}]")
