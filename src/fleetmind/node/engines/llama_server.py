@@ -48,7 +48,7 @@ class LlamaServer:
         flags = [flag for name, flag in self._flags(spec, devices, endpoint) if name in self.capabilities.flags]
         return Command(
             argv=(self.path, *(part for flag in flags for part in flag)),
-            env=llamacpp.visible_devices(devices),
+            env=llamacpp.environment(devices),
             files={KEY_FILE: endpoint.api_key.encode() + b"\n"},
         )
 

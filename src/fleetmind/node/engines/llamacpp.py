@@ -32,6 +32,13 @@ POLL = 0
 gateway is one, spinning costs most of the speed: 14 instead of 72 tokens/s were seen on two busy cores."""
 
 
+SPIN_COUNT = 1000
+"""The same for builds with libgomp, as the wheels for Linux are, which know nothing of POLL: rounds a thread spins before
+it sleeps. libgomp takes this very number itself where there are more threads than cores, and 300 times as much where it
+believes to be alone (its manual, GOMP_SPINCOUNT). Two threads on two cores beside one busy program: 10 instead of 0.9
+tokens/s; on idle cores no difference was seen."""
+
+
 class LlamaCpp:
     """The embedded llama.cpp engine. ``device_kinds`` is what the installed build computes on; see ``find``."""
 
@@ -51,7 +58,7 @@ class LlamaCpp:
         order = {"parameters": parameters(spec, devices, endpoint), "api_key": endpoint.api_key}
         return Command(
             argv=(sys.executable, "-P", "-m", CHILD),
-            env=visible_devices(devices),
+            env=environment(devices),
             stdin=json.dumps(order).encode(),
         )
 
@@ -119,7 +126,12 @@ def uses_gpu(devices: Sequence[Device]) -> bool:
     return any(device.kind is DeviceKind.CUDA and not device.is_simulated for device in devices)
 
 
-def visible_devices(devices: Sequence[Device]) -> Mapping[str, str]:
+def environment(devices: Sequence[Device]) -> Mapping[str, str]:
+    """Which devices a llama.cpp sees, and how its threads wait for each other."""
+    return visible_devices(devices) | ({} if uses_gpu(devices) else {"GOMP_SPINCOUNT": str(SPIN_COUNT)})
+
+
+def visible_devices(devices: Sequence[Device]) -> dict[str, str]:
     """The environment that shows a process exactly these GPUs, by UUID: indexes change when cards do."""
     uuids = [device.id for device in devices if device.kind is DeviceKind.CUDA and not device.is_simulated]
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(uuids)}
