@@ -114,11 +114,19 @@ async def test_a_body_that_does_not_say_it_is_json_does_no_harm(service: Service
         (b'"stop":{},', "stop"),
         (b'"tools":"all",', "tools"),
         (b'"user":7,', "user"),
+        (b'"logprobs":true,"top_logprobs":1000000000,', "top_logprobs"),
+        (b'"top_logprobs":-1,', "top_logprobs"),
+        (b'"n_probs":1000000000,', "n_probs"),
     ],
     ids=lambda value: value.decode()[:30] if isinstance(value, bytes) else value,
 )
 async def test_a_value_of_the_wrong_type_or_size_is_named(service: Service, fields: bytes, param: str) -> None:
     assert (await refused(service, "/v1/chat/completions", chat(fields)))["param"] == param
+
+
+async def test_a_completion_with_too_many_alternatives_is_refused(service: Service) -> None:
+    body = {"model": "fake", "prompt": "x", "logprobs": 10**9}
+    assert (await refused(service, "/v1/completions", body))["param"] == "logprobs"
 
 
 @pytest.mark.parametrize("messages", [b'"hi"', b"{}", b"[]", b"[1]", b"[{}]", b"null", b'[{"role":1}]'])

@@ -33,10 +33,10 @@ gateway is one, spinning costs most of the speed: 14 instead of 72 tokens/s were
 
 
 SPIN_COUNT = 1000
-"""The same for builds with libgomp, as the wheels for Linux are, which know nothing of POLL: rounds a thread spins before
-it sleeps. libgomp takes this very number itself where there are more threads than cores, and 300 times as much where it
-believes to be alone (its manual, GOMP_SPINCOUNT). Two threads on two cores beside one busy program: 10 instead of 0.9
-tokens/s; on idle cores no difference was seen."""
+"""The same for builds with libgomp, as the wheels for Linux are, which know nothing of POLL: how many rounds a thread
+spins before it sleeps. libgomp takes this very number itself where there are more threads than cores, and 300 times as
+much where it believes to be alone (see GOMP_SPINCOUNT in its manual). Two threads on two cores beside one busy program:
+10 instead of 0.9 tokens/s; on idle cores no difference was seen."""
 
 
 class LlamaCpp:
