@@ -83,12 +83,14 @@ class Exchange:
 
 def check(exchange: Exchange, tokens: int) -> str | None:
     """What is wrong with an answer that was to hold ``tokens`` tokens; None if nothing is."""
-    if exchange.fault is not None:
-        return exchange.fault
     head, _, body = b"".join(data for _, data in exchange.arrivals).partition(b"\r\n\r\n")
     status = head.split(b" ", 2)[1:2]
-    if status != [b"200"]:
-        return f"status {b''.join(status).decode(errors='replace')}: {body[:200]!r}"
+    if head and status != [b"200"]:
+        return f"status {b''.join(status).decode(errors='replace')}: {body[:400].decode(errors='replace')}"
+    if exchange.fault is not None:
+        return exchange.fault
+    if not head:
+        return "no answer"
     events = dechunked(body).decode(errors="replace").split("\n\n")
     lines = [
         line.removeprefix("data: ") for event in events for line in event.splitlines() if line.startswith("data: ")

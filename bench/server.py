@@ -73,6 +73,10 @@ class Server:
         """A new key that may ask models."""
         return str(self.manage("POST", "/api/keys", {"name": name, "scopes": ["infer"]})["key"])
 
+    def logs(self, lines: int = 30) -> str:
+        """The end of the server's log, for when something went wrong."""
+        return "\n".join(self.manage("GET", f"/api/logs?lines={lines}")["lines"])
+
     def memory(self) -> Memory:
         """What the server's own process holds; engines are processes of their own and not counted."""
         return memory_of([psutil.Process(self.pid)])

@@ -96,7 +96,11 @@ def main() -> int:
         for number in range(rounds):
             results.say(f"round {number + 1} of {rounds}")
             for count, measured in found.items():
-                measured.append(_both(server.port, key, direct, count, is_ours_first=number % 2 == 0))
+                try:
+                    measured.append(_both(server.port, key, direct, count, is_ours_first=number % 2 == 0))
+                except NotMeasured:
+                    results.say(server.logs())
+                    raise
     rows = [each for count, measured in found.items() for each in findings(count, measured)]
     about = {"rounds": rounds, "tokens_per_answer": TOKENS, "slots": model["slots"], "model": MODEL}
     results.publish("tokens", rows, about=about)

@@ -51,7 +51,7 @@ def test_pieces_may_be_cut_anywhere() -> None:
         ([HEAD, *chunked(['data: {"error": {}}\n\n', *events(3)])], "an error event"),
         ([HEAD, *chunked(["data: {]\n\n", *events(3)])], "an event is not"),
         ([HEAD, *chunked([events(3)[-2], "data: [DONE]\n\n"])], "no text"),
-        ([], "status"),
+        ([], "no answer"),
     ],
 )
 def test_anything_else_is_wrong_for_a_reason(pieces: list[bytes], reason: str) -> None:
