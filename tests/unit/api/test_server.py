@@ -1,3 +1,4 @@
+import asyncio
 import socket
 
 import pytest
@@ -48,3 +49,17 @@ def test_an_address_that_is_not_ours_is_refused() -> None:
 def test_the_url_has_the_port_it_really_got() -> None:
     with bind(ServerSettings(port=0)) as listener:
         assert url_of(ServerSettings(port=0), listener) == f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+async def test_small_pieces_are_sent_at_once() -> None:
+    accepted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+    def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted.set_result(bool(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)))
+        writer.close()
+
+    listener = bind(ServerSettings(port=0))
+    async with await asyncio.start_server(greet, sock=listener):
+        _, writer = await asyncio.open_connection(*listener.getsockname())
+        assert await accepted
+        writer.close()
