@@ -22,7 +22,7 @@ from fleetmind.api.manage import Parts
 from fleetmind.api.server import application, bind, check_exposure, http_server, url_of
 from fleetmind.core.clock import Clock, SystemClock, secret_token
 from fleetmind.core.config import Configuration
-from fleetmind.core.errors import Conflict, FleetmindError
+from fleetmind.core.errors import ConfigurationError, Conflict, FleetmindError
 from fleetmind.core.events import Event, EventKind
 from fleetmind.core.supervise import Supervisor
 from fleetmind.core.telemetry import Metrics, Spans, configure_logs, log
@@ -31,7 +31,7 @@ from fleetmind.fleet.catalog import Catalog
 from fleetmind.fleet.inventory import Inventory
 from fleetmind.fleet.packaged import SMOLLM2
 from fleetmind.fleet.reconcile import Reconciler
-from fleetmind.fleet.snapshot import FleetSnapshot
+from fleetmind.fleet.snapshot import FleetSnapshot, ModelSource
 from fleetmind.gateway.accounting import Accounting
 from fleetmind.gateway.dispatch import Gateway
 from fleetmind.gateway.limits import QueuePolicy
@@ -40,6 +40,7 @@ from fleetmind.node.daemon import NodeDaemon
 from fleetmind.node.devices import open_devices
 from fleetmind.node.engines.registry import engines
 from fleetmind.node.ledger import Orphan
+from fleetmind.node.protocol import Ability
 from fleetmind.store.database import Database
 from fleetmind.store.journal import Journal
 from fleetmind.store.keys import Keys
@@ -77,9 +78,7 @@ async def serve(home: Path, configuration: Configuration, *, on_ready: Callable[
     """
     clock = SystemClock()
     began_s = clock.monotonic_s()
-    os.umask(0o077)
-    for folder in (home, home / "run", home / "logs", home / "models"):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _make_home(home)
     settings = configuration.settings
     check_exposure(settings.server)
     log_file = home / "logs" / "server.log"
@@ -90,7 +89,12 @@ async def serve(home: Path, configuration: Configuration, *, on_ready: Callable[
         async with _parts(home, configuration, clock, url, log_file, stopping.set) as (parts, notes, is_first_start):
             http = http_server(application(parts), configuration)
             serving = asyncio.get_running_loop().create_task(http.serve(sockets=[listener]))
-            with _signals(stopping.set), _discoverable(home, parts):
+
+            def stop() -> None:
+                http.force_exit = stopping.is_set()  # asked twice: without waiting for calls
+                stopping.set()
+
+            with _signals(stop), _discoverable(home, parts):
                 await _wait_for_models(parts, stopping, serving)
                 first_key = await _first_key(parts.keys) if is_first_start else None
                 on_ready(
@@ -109,6 +113,20 @@ async def serve(home: Path, configuration: Configuration, *, on_ready: Callable[
                 await _first_of(stopping.wait(), serving)
             http.should_exit = True
             await serving
+
+
+def _make_home(home: Path) -> None:
+    """Make the state folder, readable by this user only. Raises ConfigurationError where that can't be."""
+    os.umask(0o077)
+    try:
+        for folder in (home, home / "run", home / "logs", home / "models"):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (home / "run" / "lock").touch(mode=0o600)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{home} can't be used to keep state: {error.strerror or error}.",
+            hint="Give a folder of your own that can be written: --home DIR, or FLEETMIND_HOME.",
+        ) from None
 
 
 @contextlib.asynccontextmanager
@@ -132,10 +150,14 @@ async def _parts(
             metrics=metrics,
         )
         stack.push_async_callback(database.close)
+        had_pepper = (home / "pepper").exists()
         journal, usage, keys = Journal(database), Usage(database), KeyRing(Keys(database), _pepper(home), clock)
+        had_pepper = had_pepper or not await keys.records()
         await keys.load()
         catalog = Catalog(Models(database), settings, clock, home=home)
         notes = await catalog.load()
+        if not had_pepper:
+            notes += ("the file pepper was missing: no key made before opens any more; make new ones",)
         is_first_start = not await journal.entries(kind=EventKind.KEY_SHOWN, limit=1)
         if is_first_start:
             notes += await _seed(catalog, settings.models.preload)
@@ -381,9 +403,13 @@ def _device_words(fleet: FleetSnapshot) -> Iterator[str]:
 
 
 def _model_words(fleet: FleetSnapshot) -> Iterator[str]:
-    for model in fleet.models.values():
+    """Real models that can chat come first: the first is what a new owner is shown how to ask."""
+    for model in sorted(
+        fleet.models.values(),
+        key=lambda model: (model.source is ModelSource.FAKE, Ability.CHAT not in model.abilities, model.name),
+    ):
         if model.name in fleet.ready:
-            yield f"{model.name}: ready"
+            yield f"{model.name}: ready{' (simulated)' if model.source is ModelSource.FAKE else ''}"
         elif model.replicas_wanted:
             status = fleet.statuses.get(model.name)
             yield f"{model.name}: {status.reason if status else 'loading'}"

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -186,7 +186,8 @@ async def running(home: Path, **flags: str) -> AsyncIterator[Service]:
                 yield service
             finally:  # also after a test that failed: its own error is the one to be seen
                 if not serving.done():
-                    await service.ask("POST", "/api/stop")
+                    with suppress(aiohttp.ClientError):  # a test may have asked it already
+                        await service.ask("POST", "/api/stop")
     finally:
         async with asyncio.timeout(30):
             await serving

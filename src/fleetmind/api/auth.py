@@ -6,6 +6,7 @@ checked against memory: creating and revoking change it at once. There is one wa
 """
 
 import hashlib
+import re
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -175,7 +176,7 @@ def bearer_of(headers: Iterable[tuple[bytes, bytes]], query: bytes) -> bytes | N
             raise InvalidRequest(
                 f"Keys are not read from {name.decode('latin-1')}.", hint="Send `Authorization: Bearer fm_…`."
             )
-    if query and (b"fm_" in query or any(word in query.lower() for word in _KEY_WORDS)):
+    if query and (_KEY_TEXT.search(query) or _KEY_FIELD.search(query)):
         raise InvalidRequest(
             "A key must not stand in the URL, where logs and histories keep it.",
             hint="Send it as `Authorization: Bearer fm_…`, and revoke this one if it was real.",
@@ -184,7 +185,8 @@ def bearer_of(headers: Iterable[tuple[bytes, bytes]], query: bytes) -> bytes | N
 
 
 _OTHER_KEY_HEADERS = frozenset({b"x-api-key", b"api-key"})
-_KEY_WORDS = (b"api_key=", b"api-key=", b"apikey=", b"access_token=", b"token=", b"key=")
+_KEY_TEXT = re.compile(rb"\bfm_[0-9A-Za-z]")
+_KEY_FIELD = re.compile(rb"(?:^|[&;])(?:api[_-]?key|access_token|token|key)=", re.IGNORECASE)
 
 
 def check_scope(principal: Principal | CallerError | None, scope: Scope) -> Principal:
@@ -197,7 +199,7 @@ def check_scope(principal: Principal | CallerError | None, scope: Scope) -> Prin
         )
     if scope not in principal.scopes:
         raise Forbidden(
-            f"This key lacks the scope {scope!r}; it has {', '.join(sorted(principal.scopes))}.",
+            f"This key lacks the scope {scope.value}; it has {', '.join(sorted(principal.scopes))}.",
             hint=f"Make one that has it: fleetmind keys create NAME --scope {scope}",
         )
     return principal

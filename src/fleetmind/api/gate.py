@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Collection, Mapping
 from urllib.parse import urlsplit
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fleetmind.api.auth import KeyRing, Principal, bearer_of, check_scope
 from fleetmind.api.auth import Scope as Right
@@ -57,7 +57,12 @@ class Gate:
             await send({"type": "websocket.close", "code": 1008})
             return
         try:
-            self._check_page(scope)
+            origin = self._check_page(scope)
+            if origin is not None and origin.decode("latin-1").lower() in self._origins:
+                if scope["method"] == "OPTIONS":
+                    await _answer_preflight(send, origin)
+                    return
+                send = _shared_with(send, origin)
             scope[PRINCIPAL] = self._principal(scope)
             route = self._direct.get((scope["method"], scope["path"]))
             if route is not None:
@@ -74,8 +79,8 @@ class Gate:
             with contextlib.suppress(RuntimeError):  # uvicorn's word that the answer has begun, and ends here
                 await refuse(send, InternalError("Something went wrong here.", hint="`fleetmind logs` shows what."))
 
-    def _check_page(self, scope: Scope) -> None:
-        """Refuse a forged Host and a page of another site, on every method."""
+    def _check_page(self, scope: Scope) -> bytes | None:
+        """Refuse a forged Host and a page of another site, on every method. Returns the page's origin, if said."""
         host: bytes | None = None
         origin: bytes | None = None
         for name, value in scope["headers"]:
@@ -97,6 +102,7 @@ class Gate:
                 "A page of another site may not ask here.",
                 hint="Add its origin to server.origins_allowed if it should.",
             )
+        return origin
 
     def _may_ask(self, origin: bytes, host: bytes) -> bool:
         """Whether the page at ``origin`` is our own, or one that the owner named."""
@@ -117,6 +123,31 @@ class Gate:
             raise
         except CallerError as error:
             return error
+
+
+def _shared_with(send: Send, origin: bytes) -> Send:
+    """``send``, telling the browser that the page at ``origin`` may read the answer."""
+
+    async def send_shared(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], (b"access-control-allow-origin", origin), (b"vary", b"origin")]
+        await send(message)
+
+    return send_shared
+
+
+async def _answer_preflight(send: Send, origin: bytes) -> None:
+    """Tell the browser of an allowed page what it may send. No key is needed for that, and none is in cookies."""
+    headers = [
+        (b"access-control-allow-origin", origin),
+        (b"access-control-allow-methods", b"GET, POST, DELETE"),
+        (b"access-control-allow-headers", b"authorization, content-type"),
+        (b"access-control-max-age", b"600"),
+        (b"vary", b"origin"),
+        (b"content-length", b"0"),
+    ]
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
 
 
 def _name_of(host: bytes) -> str:

@@ -191,7 +191,7 @@ def _add_status(app: FastAPI, parts: Parts) -> None:
 
 
 def _devices(parts: Parts) -> list[schemas.DeviceOut]:
-    pids = {report.pid for report in parts.node.replicas() if report.pid is not None}
+    pids = {parts.pid, *(report.pid for report in parts.node.replicas() if report.pid is not None)}
     now_s = parts.clock.now_s()
     return [views.device(view, now_s, pids) for view in parts.inventory.snapshot().devices]
 

@@ -17,14 +17,19 @@ from fleetmind.api.problems import body_of
 from fleetmind.api.routes import PRINCIPAL, DirectRoute
 from fleetmind.core.clock import monotonic_ns
 from fleetmind.core.config import ServerSettings
-from fleetmind.core.errors import FleetmindError, Forbidden
+from fleetmind.core.errors import CapacityError, FleetmindError, Forbidden, InvalidRequest, StreamBroken
 from fleetmind.fleet.snapshot import FleetSnapshot, Model
+from fleetmind.gateway import upstream
 from fleetmind.gateway.calls import Call, CallKind, Served, parse_call
 from fleetmind.gateway.dispatch import Gateway
 from fleetmind.gateway.streaming import error_event
 
 WATCH_AFTER_S = 0.05
 """A call is watched for a client that goes away only after this long: most are over by then, and a watch costs."""
+
+STOPPING_RETRY_S = 5.0
+HOPS_MAX = 4
+HOPS_HEADER = upstream.HOPS_HEADER.lower().encode()
 
 _JSON = (b"content-type", b"application/json")
 _EVENTS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
@@ -47,12 +52,14 @@ def _answerer(kind: CallKind, gateway: Gateway, settings: ServerSettings) -> ASG
             body = await read_body(scope, receive, bytes_max=settings.body_bytes_max)
         except ConnectionResetError:
             return
+        hops = _hops_of(scope)
         call = parse_call(
             kind,
             body,
             call_id=gateway.next_call_id(),
             key_id=principal.key_id,
             received_ns=received_ns,
+            hops=hops,
             messages_max=settings.messages_max,
         )
         if principal.models and call.model not in principal.models:
@@ -61,8 +68,10 @@ def _answerer(kind: CallKind, gateway: Gateway, settings: ServerSettings) -> ASG
             try:
                 await _pass_on(gateway, call, send)
             except asyncio.CancelledError:
-                if not watch.client_left:
-                    raise
+                if not watch.client_left:  # uvicorn cancels what has not ended when the server stops
+                    raise CapacityError(
+                        "The server is stopping.", retry_after_s=STOPPING_RETRY_S, hint="Ask again soon."
+                    ) from None
 
     return answer
 
@@ -85,8 +94,31 @@ async def _pass_on(gateway: Gateway, call: Call, send: Send) -> None:
             last = b""
         except FleetmindError as error:
             last = error_event(body_of(error))
+        except asyncio.CancelledError:  # by a server that stops, or because the client left, who won't see it
+            last = error_event(body_of(_stopping()))
         if not is_ended:
             await send({"type": "http.response.body", "body": last})
+
+
+def _stopping() -> StreamBroken:
+    return StreamBroken(
+        "The server is stopping, and this call did not end in time.",
+        hint="The answer so far is incomplete; ask again, or raise server.stop_s_max.",
+    )
+
+
+def _hops_of(scope: Scope) -> int:
+    """How many Fleetmind servers the call has passed through. Raises InvalidRequest for one that goes in circles."""
+    for name, value in scope["headers"]:
+        if name == HOPS_HEADER:
+            hops = int(value) if value.isdigit() and len(value) <= 3 else HOPS_MAX
+            if hops >= HOPS_MAX:
+                raise InvalidRequest(
+                    f"This call has passed through {hops} Fleetmind servers.",
+                    hint="A remote model seems to point back here: see the URLs in `fleetmind models ls --json`.",
+                )
+            return hops
+    return 0
 
 
 def _served(call: Call, served: Served) -> list[tuple[bytes, bytes]]:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
+import math
 import resource
 import socket
 import ssl
@@ -27,8 +28,6 @@ from fleetmind.core.settings import ServerSettings
 BACKLOG = 2048
 # A client may keep its connection this long between two calls.
 KEEP_ALIVE_S = 75
-STOP_S_MAX = 5
-"""How long calls under way get to end when the server stops."""
 
 FILES_PER_CONNECTION = 2
 """A call holds the client's connection and one to an engine."""
@@ -155,7 +154,7 @@ def http_server(app: ASGIApp, configuration: Configuration) -> Http:
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=STOP_S_MAX,
+            timeout_graceful_shutdown=math.ceil(settings.stop_s_max),
             ssl_certfile=settings.tls_certificate or None,
             ssl_keyfile=settings.tls_key or None,
         )

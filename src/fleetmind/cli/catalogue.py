@@ -201,7 +201,7 @@ def _path_of(file: str, client: "Client") -> str:
 def _existing(file: str) -> Path:
     """The absolute path of a file. Raises NotFound, with files nearby whose names are close."""
     path = Path(file).expanduser().absolute()
-    if path.is_file():
+    if path.exists() and not path.is_dir():  # the server says what is wrong with a pipe or a device
         return path
     import difflib
 

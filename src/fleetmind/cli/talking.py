@@ -29,7 +29,9 @@ CHAT_HELP = """\
 /clear        forget what was said
 /exit         end (or Ctrl-D); Ctrl-C stops an answer"""
 
-Model = Annotated[str | None, typer.Option("--model", "-m", help="Default: the first chat model, ready ones first.")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Default: the first chat model, real and ready ones first.")
+]
 System = Annotated[str | None, typer.Option("--system", help="An instruction given before the conversation.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="The longest answer.")]
 WaitS = Annotated[float, typer.Option("--wait-s", min=0, help="Longest wait for a model that is loading or busy.")]
@@ -57,7 +59,9 @@ def ask(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise typer.BadParameter("there is nothing to ask")
-    body: dict[str, object] = {"model": model or choose_model(client), "messages": _messages(system, text)}
+    chosen = model or choose_model(client)
+    label_simulated(client, chosen, output)
+    body: dict[str, object] = {"model": chosen, "messages": _messages(system, text)}
     body |= {} if max_tokens is None else {"max_tokens": max_tokens}
     body |= {} if temperature is None else {"temperature": temperature}
     if json or not stream:
@@ -70,7 +74,9 @@ def ask(
 
 
 def chat(
-    model: Annotated[str | None, typer.Argument(help="Default: the first chat model, ready ones first.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Default: the first chat model, real and ready ones first.")
+    ] = None,
     system: System = None,
     max_tokens: MaxTokens = None,
     wait_s: WaitS = 300.0,
@@ -82,6 +88,7 @@ def chat(
     client = connect(resolve_home(home))
     talk = Conversation(client, model or choose_model(client), output, system=system, max_tokens=max_tokens)
     talk.wait_s = wait_s
+    label_simulated(client, talk.model, output)
     if sys.stdin.isatty():
         import readline  # noqa: F401 - its import gives input() editing and history
 
@@ -164,7 +171,7 @@ class Conversation:
 
 
 def choose_model(client: "Client") -> str:
-    """The first model that can chat, ready ones first, then loading ones. Raises ServerRefused if there is none."""
+    """The first model that can chat: real ones first, of those the ready ones. Raises ServerRefused for none."""
     order = ("ready", "loading", "unplaced", "failed")
     models = [model for model in client.get("/api/models")["models"] if "chat" in model["abilities"]]
     if not models:
@@ -173,7 +180,14 @@ def choose_model(client: "Client") -> str:
             code="model_not_found",
             hint="Add one: fleetmind models add smollm2-135m-instruct",
         )
-    return str(min(models, key=lambda model: order.index(model["state"]))["name"])
+    return str(min(models, key=lambda model: (model["is_simulated"], order.index(model["state"])))["name"])
+
+
+def label_simulated(client: "Client", model: str, output: Output) -> None:
+    """Say on standard error that a model's answers are invented, if they are."""
+    found = [one for one in client.get("/api/models")["models"] if one["name"] == model]
+    if found and found[0]["is_simulated"]:
+        output.say(f"({model} is simulated: its answers are invented)")
 
 
 def answer(client: "Client", body: Mapping[str, object], output: Output, wait_s: float) -> Iterator[str]:

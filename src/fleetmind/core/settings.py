@@ -41,6 +41,9 @@ class ServerSettings(Section):
     stall_s_max: float = _leaf(
         60.0, "Longest time a client may read nothing of an answer that waits for it.", "seconds", gt=0, le=3600
     )
+    stop_s_max: float = _leaf(
+        30.0, "Longest time the calls under way get to end when the server stops.", "seconds", ge=0, le=3600
+    )
     connections_max: int = _leaf(4096, "Connections open at once.", ge=1, le=1_000_000)
     messages_max: int = _leaf(4096, "Messages in one chat request.", ge=1, le=1_000_000)
 

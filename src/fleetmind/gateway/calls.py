@@ -55,7 +55,8 @@ class Call:
     """One request to a model.
 
     ``body`` is the client's JSON, unchanged. ``wants_usage`` says whether a streaming client asked for the usage event;
-    ``max_tokens`` is None where the client set no bound. ``received_ns`` is the monotonic clock.
+    ``max_tokens`` is None where the client set no bound. ``received_ns`` is the monotonic clock. ``hops`` counts the
+    other Fleetmind servers that the call came through.
     """
 
     id: CallId
@@ -67,6 +68,7 @@ class Call:
     max_tokens: int | None
     key_id: KeyId
     received_ns: int
+    hops: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,14 @@ _encode = msgspec.json.Encoder().encode
 
 
 def parse_call(
-    kind: CallKind, body: bytes, *, call_id: CallId, key_id: KeyId, received_ns: int, messages_max: int
+    kind: CallKind,
+    body: bytes,
+    *,
+    call_id: CallId,
+    key_id: KeyId,
+    received_ns: int,
+    messages_max: int,
+    hops: int = 0,
 ) -> Call:
     """The Call that ``body`` asks for.
 
@@ -171,7 +180,7 @@ def parse_call(
         raise InvalidRequest(f"The body is not JSON: {why}.", hint="Send one JSON object.") from None
     if kind is CallKind.EMBEDDING:
         _check_text(head.input, "input")
-        return Call(call_id, kind, ModelName(head.model), body, False, False, None, key_id, received_ns)
+        return Call(call_id, kind, ModelName(head.model), body, False, False, None, key_id, received_ns, hops)
     max_tokens = head.max_tokens
     if kind is CallKind.CHAT:
         if not head.messages:
@@ -206,6 +215,7 @@ def parse_call(
         max_tokens=max_tokens,
         key_id=key_id,
         received_ns=received_ns,
+        hops=hops,
     )
 
 

@@ -140,14 +140,14 @@ class Gateway:
         body = engine_body(call, replica.remote_model)
         served = Served(call.model, replica.id, (ticket.seated_ns - call.received_ns) * _NS, replica.is_simulated)
         if not call.is_stream:
-            data = await self._upstream.reply(replica, call.kind, body)
+            data = await self._upstream.reply(replica, call.kind, body, call.hops)
             try:
                 ticket.usage = usage_of_reply(data)
             except ValueError as error:
                 raise EngineFailed(f"{replica.id} answered with something that is not JSON: {error}") from None
             ticket.first_piece_ns = monotonic_ns()
             return Answer(self, ticket, served, data, None)
-        stream = await self._upstream.stream(replica, call.kind, body)
+        stream = await self._upstream.stream(replica, call.kind, body, call.hops)
         try:
             answer = Answer(self, ticket, served, b"", stream)
             try:

@@ -8,7 +8,6 @@ import asyncio
 from dataclasses import dataclass
 
 import aiohttp
-from aiohttp.client import _RequestContextManager
 from multidict import CIMultiDict
 from yarl import URL
 
@@ -23,6 +22,8 @@ CONNECT_S_MAX = 5.0
 # llama.cpp's server drops an idle connection after 5 s; keeping ours for less avoids asking into a closed one.
 KEEP_ALIVE_S = 4.0
 READ_BYTES = 64 * 1024
+HOPS_HEADER = "X-Fleetmind-Hops"
+"""Tells a remote server that is a Fleetmind too how many there were before it, so that calls don't go in circles."""
 RETRYABLE = frozenset({500, 502, 503, 504})
 """Statuses of an engine that say nothing about the call: another replica, or the same one later, may answer it."""
 
@@ -62,12 +63,12 @@ class Upstream:
         for key in [key for key in self._targets if key[0] not in alive]:
             del self._targets[key]
 
-    async def reply(self, replica: ReplicaView, kind: CallKind, body: bytes) -> bytes:
+    async def reply(self, replica: ReplicaView, kind: CallKind, body: bytes, hops: int) -> bytes:
         """The whole body of an answer that isn't streamed. Raises EngineFailed or EngineRefused."""
         try:
             async with (
                 asyncio.timeout(self._patience.reply_s_max),
-                self._ask(replica, kind, body) as response,
+                await self._ask(replica, kind, body, hops) as response,
             ):
                 if response.status >= 300:
                     raise await _refused(replica, response)
@@ -75,11 +76,11 @@ class Upstream:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise _failed(replica, error) from None
 
-    async def stream(self, replica: ReplicaView, kind: CallKind, body: bytes) -> "EngineStream":
+    async def stream(self, replica: ReplicaView, kind: CallKind, body: bytes, hops: int) -> "EngineStream":
         """A streamed answer whose head was read; to be closed. Raises EngineFailed or EngineRefused."""
         try:
             async with asyncio.timeout(self._patience.first_token_s_max):
-                response = await self._ask(replica, kind, body)
+                response = await self._ask(replica, kind, body, hops)
                 stream = EngineStream(replica, response, self._patience)
                 try:
                     if response.status >= 300:
@@ -93,15 +94,27 @@ class Upstream:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise _failed(replica, error) from None
 
-    def _ask(self, replica: ReplicaView, kind: CallKind, body: bytes) -> _RequestContextManager:
+    async def _ask(self, replica: ReplicaView, kind: CallKind, body: bytes, hops: int) -> aiohttp.ClientResponse:
         url, headers = self._target(replica, kind)
-        return self._session.post(url, data=body, headers=headers, allow_redirects=False)
+        if hops:
+            headers = CIMultiDict(headers)
+            headers[HOPS_HEADER] = str(hops + 1)
+        try:
+            return await self._session.post(url, data=body, headers=headers, allow_redirects=False)
+        except aiohttp.ClientConnectorError:
+            raise
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            # A kept connection that the engine was just closing: it has not seen the call. That is no failure of the
+            # replica, so it takes nothing from the call's retries; a second time it is one.
+            return await self._session.post(url, data=body, headers=headers, allow_redirects=False)
 
     def _target(self, replica: ReplicaView, kind: CallKind) -> tuple[URL, CIMultiDict[str]]:
         target = self._targets.get((replica.id, kind))
         if target is None:
             assert replica.endpoint is not None, "only ready replicas are routed to"
             headers = CIMultiDict({"Content-Type": "application/json", "Accept-Encoding": "identity"})
+            if replica.remote_model is not None:
+                headers[HOPS_HEADER] = "1"
             if replica.endpoint.api_key:
                 headers["Authorization"] = f"Bearer {replica.endpoint.api_key}"
             target = (URL(f"{replica.endpoint.base_url}/v1/{kind.value}"), headers)
@@ -139,10 +152,15 @@ class EngineStream:
         self._response.release()
 
 
+_ASK_AGAIN = "Ask again; `fleetmind logs --replica ID` shows what the engine said."
+
+
 def _failed(replica: ReplicaView, error: BaseException) -> EngineFailed:
     if isinstance(error, TimeoutError):
         return EngineFailed(f"{replica.id} was silent for too long.", hint="The engine may be overloaded or hung.")
-    return EngineFailed(f"{replica.id} broke the connection: {error or type(error).__name__}.")
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return EngineFailed(f"{replica.id} broke the connection in the middle of its answer.", hint=_ASK_AGAIN)
+    return EngineFailed(f"{replica.id} broke the connection: {error or type(error).__name__}.", hint=_ASK_AGAIN)
 
 
 async def _whole(replica: ReplicaView, response: aiohttp.ClientResponse) -> bytes:
