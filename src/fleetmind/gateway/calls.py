@@ -50,9 +50,8 @@ def usage_of(prompt_tokens: int | None, completion_tokens: int | None) -> Usage:
     return Usage(prompt, completion)
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One request to a model.
+class Call(msgspec.Struct, frozen=True):
+    """One request to a model. A Struct like ``Served``, made in a tenth of a dataclass's time: each call makes one.
 
     ``body`` is the client's JSON, unchanged. ``wants_usage`` says whether a streaming client asked for the usage event;
     ``max_tokens`` is None where the client set no bound. ``received_ns`` is the monotonic clock. ``hops`` counts the
@@ -71,8 +70,7 @@ class Call:
     hops: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
+class Served(msgspec.Struct, frozen=True):
     """Who served a call: told to the client in headers."""
 
     model: ModelName

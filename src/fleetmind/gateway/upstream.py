@@ -66,27 +66,26 @@ class Upstream:
     async def reply(self, replica: ReplicaView, kind: CallKind, body: bytes, hops: int) -> bytes:
         """The whole body of an answer that isn't streamed. Raises EngineFailed or EngineRefused."""
         try:
-            async with (
-                asyncio.timeout(self._patience.reply_s_max),
-                await self._ask(replica, kind, body, hops) as response,
-            ):
-                if response.status >= 300:
-                    raise await _refused(replica, response)
-                return await _whole(replica, response)
+            with _Within(self._patience.reply_s_max):
+                async with await self._ask(replica, kind, body, hops) as response:
+                    if response.status >= 300:
+                        raise await _refused(replica, response)
+                    return await _whole(replica, response)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise _failed(replica, error) from None
 
     async def stream(self, replica: ReplicaView, kind: CallKind, body: bytes, hops: int) -> "EngineStream":
-        """A streamed answer whose head was read; to be closed. Raises EngineFailed or EngineRefused."""
+        """A streamed answer whose first bytes are there; to be closed. Raises EngineFailed or EngineRefused."""
         try:
-            async with asyncio.timeout(self._patience.first_token_s_max):
+            with _Within(self._patience.first_token_s_max):
                 response = await self._ask(replica, kind, body, hops)
-                stream = EngineStream(replica, response, self._patience)
+                stream = EngineStream(replica, response, self._patience.stream_idle_s_max)
                 try:
                     if response.status >= 300:
                         raise await _refused(replica, response)
                     if response.content_type != "text/event-stream":
                         raise EngineFailed(f"{replica.id} was asked for a stream and answered {response.content_type}.")
+                    stream.first = await response.content.readany()
                 except BaseException:
                     stream.close()
                     raise
@@ -122,29 +121,56 @@ class Upstream:
         return target
 
 
+class _Within:
+    """``with`` that raises TimeoutError after some seconds: asyncio.timeout at half its cost; each call needs one."""
+
+    __slots__ = ("_cancelling", "_handle", "_is_over", "_task")
+
+    def __init__(self, seconds: float) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "a call is answered inside a task"
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._is_over = False
+        self._handle = asyncio.get_running_loop().call_later(seconds, self._expire)
+
+    def _expire(self) -> None:
+        self._is_over = True
+        self._task.cancel()
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self._handle.cancel()
+        if self._is_over and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise TimeoutError from error
+
+
 class EngineStream:
-    """The bytes of a streamed answer as they arrive."""
+    """The bytes of a streamed answer as they arrive. ``first`` is what came with its head."""
 
-    __slots__ = ("_patience", "_replica", "_response", "_wait_s_max")
+    __slots__ = ("_idle_s_max", "_replica", "_response", "first")
 
-    def __init__(self, replica: ReplicaView, response: aiohttp.ClientResponse, patience: Patience) -> None:
+    def __init__(self, replica: ReplicaView, response: aiohttp.ClientResponse, idle_s_max: float) -> None:
         self._replica = replica
         self._response = response
-        self._patience = patience
-        self._wait_s_max = patience.first_token_s_max
+        self._idle_s_max = idle_s_max
+        self.first = b""
 
     async def read(self) -> bytes:
         """What has arrived, waiting for it; empty at the end. Raises EngineFailed."""
+        if self.first:
+            data, self.first = self.first, b""
+            return data
         content = self._response.content
         if content.at_eof():  # saves the timer of a read that would say the same
             return b""
         try:
-            async with asyncio.timeout(self._wait_s_max):
-                data = await content.readany()
+            with _Within(self._idle_s_max):
+                return await content.readany()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise _failed(self._replica, error) from None
-        self._wait_s_max = self._patience.stream_idle_s_max
-        return data
 
     def close(self) -> None:
         """Give the connection back if the answer was read to its end, else close it: that is how an engine learns that

@@ -4,10 +4,10 @@ Counts; it knows no prices and no limits. Invariant: a call is counted once, how
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from operator import attrgetter
+from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from sqlalchemy import Connection, delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
@@ -17,9 +17,11 @@ from fleetmind.store.schema import usage
 PRUNE_ROWS_MAX = 5000
 
 
-@dataclass(frozen=True, slots=True)
-class UsageRow:
-    """One ended call. Times are seconds; ``at_s`` is the wall time of its end, ``ttft_s`` None without a token."""
+class UsageRow(msgspec.Struct, frozen=True):
+    """One ended call. Times are seconds; ``at_s`` is the wall time of its end, ``ttft_s`` None without a token.
+
+    A Struct is made in a tenth of a dataclass's time, and every call makes one.
+    """
 
     call_id: str
     key_id: str
@@ -36,8 +38,7 @@ class UsageRow:
     is_simulated: bool
 
 
-_FIELDS = tuple(field.name for field in fields(UsageRow))
-_values = attrgetter(*_FIELDS)
+_FIELDS = UsageRow.__struct_fields__
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class Usage:
     async def append(self, rows: Sequence[UsageRow]) -> None:
         """Write rows, all or none. A call already there is left as it is, so a batch may be repeated."""
         if rows:
-            values = [_values(row) for row in rows]
+            values = [msgspec.structs.astuple(row) for row in rows]
             await self._database.write(lambda connection: _insert(connection, values))
 
     async def totals(self, since_s: float = 0.0) -> tuple[UsageTotal, ...]:
