@@ -133,12 +133,15 @@ async def test_what_fails_again_is_told(service: Service, far: ScriptedEngine, f
     for is_stream in (False, True):
         if not is_stream and fault not in FAULTS_BEFORE:
             continue
+        # A connection that is hung up on without a word may have been closed before it saw the call, so each attempt
+        # asks once more; nothing else does.
+        attempts = 4 if fault == "gone" else 2
         far.bodies.clear()
-        far.script.extend([FAULTS_BEFORE_STREAM[fault]] * 2)
+        far.script.extend([FAULTS_BEFORE_STREAM[fault]] * attempts)
         answer = await service.chat("far", stream=is_stream)
         assert answer.status == 502
         assert error_of(answer)["origin"] == "engine"
-        assert len(far.bodies) == 2, "and not tried for ever"
+        assert len(far.bodies) == attempts, "and not tried for ever"
 
 
 async def test_an_engines_own_words_reach_the_client(service: Service, far: ScriptedEngine) -> None:

@@ -1,5 +1,6 @@
 """Starting: what must not be started is refused with what to do, and what is started is as safe as asked."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ import psutil
 import pytest
 from tests.flow.child import running_apart
 from tests.flow.service import running
-from tests.flow.wire import say
+from tests.flow.wire import error_of, say
 
 from fleetmind.core.errors import ConfigurationError, Conflict, FleetmindError
 
@@ -120,6 +121,23 @@ async def test_a_service_that_is_told_to_end_ends_and_leaves_no_process(tmp_path
     assert not any(map(is_running, [child.pid, *pids]))
     assert not (tmp_path / "run" / "server.json").exists()
     assert not (tmp_path / "run" / "token").exists()
+
+
+async def test_calls_that_do_not_end_before_the_server_does_are_told(tmp_path: Path) -> None:
+    async with running(tmp_path, server__stop_s_max="0.3") as service:
+        await service.add_fake("endless", tokens_per_s=20, reply_tokens=4000)
+        await service.add_fake("mute", ttft_s=3600)
+        idle = await asyncio.open_connection(*service.host.split(":"))
+        calls = asyncio.gather(service.listen("endless"), service.chat("mute"))
+        await service.until_calls(outstanding=2)
+        assert (await service.ask("POST", "/api/stop")).status == 202
+        heard, answer = await calls
+        assert not heard.is_whole
+        assert "stopping" in heard.chunks[-1]["error"]["message"]
+        assert answer.status == 503
+        assert "stopping" in error_of(answer)["message"]
+        assert await idle[0].read() == b""
+    assert "Traceback" not in (tmp_path / "logs" / "server.log").read_text()
 
 
 def is_running(pid: int) -> bool:
