@@ -281,7 +281,11 @@ async def test_of_two_replicas_one_may_die_and_no_call_fails(tmp_path: Path) -> 
         await service.add_fake("fake", replicas=2, slots=4, ttft_s=0.05)
         first, _ = await service.replicas()
         calls = [asyncio.ensure_future(service.chat("fake", max_tokens=2)) for _ in range(60)]
-        await service.until_calls(outstanding=8, queued=52)
+
+        async def is_busy() -> bool:
+            return (await service.calls())["outstanding"] == 8
+
+        await until(is_busy, "both replicas are busy")
         os.kill(first["pid"], signal.SIGKILL)
         assert {answer.status for answer in await asyncio.gather(*calls)} == {200}
         await back(service, "fake", first["pid"])
