@@ -88,6 +88,18 @@ async def test_a_removed_model_is_unknown_and_its_last_calls_are_finished(tmp_pa
         await until(is_gone, "its replica has ended")
 
 
+async def test_a_model_added_again_is_never_answered_by_the_one_before(tmp_path: Path) -> None:
+    async with running(tmp_path, fleet__reconcile_interval_s="60") as service:
+        seen = set()
+        for _ in range(5):
+            await service.add_fake("again", is_awaited=False)
+            answer = await service.chat("again", max_tokens=1)
+            assert answer.status == 200
+            seen.add(answer.headers["x-fleetmind-replica"])
+            assert (await service.ask("DELETE", "/api/models/again")).status == 204
+        assert len(seen) == 5
+
+
 async def test_a_replica_that_is_restarted_finishes_its_calls_and_drops_none(tmp_path: Path) -> None:
     async with running(tmp_path) as service:
         await service.add_fake("fake", slots=1, tokens_per_s=20, reply_tokens=20)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from fleetmind.core.clock import Clock
 from fleetmind.core.types import DeviceId, ModelName, ReplicaId
 from fleetmind.fleet.catalog import Catalog
-from fleetmind.fleet.snapshot import DeviceView, FleetSnapshot, ModelStatus, ReplicaView, snapshot
+from fleetmind.fleet.snapshot import DeviceView, FleetSnapshot, ModelStatus, ReplicaView, serves_same, snapshot
 from fleetmind.node.protocol import Device, DeviceKind, DeviceReading, ReplicaReport, ReplicaState
 
 _HOLDING = frozenset({ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING})
@@ -29,6 +29,7 @@ class Inventory:
         self._measured: dict[tuple[DeviceId, ReplicaId], int] = {}
         self._reports: dict[ReplicaId, ReplicaReport] = {}
         self._pids: dict[ReplicaId, int] = {}
+        self._outdated: set[ReplicaId] = set()
         self._statuses: dict[ModelName, ModelStatus] = {}
         self._subscribers: list[Callable[[FleetSnapshot], None]] = []
         self._snapshot = snapshot(version=0, at_s=clock.now_s(), devices=(), models=catalog.models(), replicas=())
@@ -43,9 +44,18 @@ class Inventory:
         self._subscribers.append(callback)
 
     def models_changed(self) -> None:
-        """The catalogue changed. Called by the catalogue itself; calling it once more does no harm."""
-        if self._catalog.models() == self._snapshot.models:
+        """The catalogue changed. Called by the catalogue itself; calling it once more does no harm.
+
+        Replicas of a model that is gone, or another one by now, serve no more calls from this moment on: not even for a
+        model that gets the same name before they have been stopped.
+        """
+        before, models = self._snapshot.models, self._catalog.models()
+        if models == before:
             return
+        for report in self._reports.values():
+            old, new = before.get(report.spec.model), models.get(report.spec.model)
+            if old is None or new is None or not serves_same(old, new):
+                self._outdated.add(report.spec.id)
         self._statuses = {name: status for name, status in self._statuses.items() if name in self._catalog}
         self._renew(is_change=True)
 
@@ -68,6 +78,7 @@ class Inventory:
     def forget_replica(self, replica_id: ReplicaId) -> None:
         """A replica that has ended need not be shown any more."""
         self._pids.pop(replica_id, None)
+        self._outdated.discard(replica_id)
         if self._reports.pop(replica_id, None) is not None:
             self._renew(is_change=True)
 
@@ -127,6 +138,7 @@ class Inventory:
             models=self._catalog.models(),
             replicas=tuple(_replica_view(report) for _, report in sorted(self._reports.items())),
             statuses=self._statuses,
+            outdated=self._outdated,
         )
         if is_change:
             for callback in self._subscribers:

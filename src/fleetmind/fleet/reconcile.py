@@ -10,7 +10,6 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Protocol
 
 from fleetmind.core.clock import Clock, secret_token
@@ -24,7 +23,7 @@ from fleetmind.fleet.catalog import Catalog
 from fleetmind.fleet.inventory import Inventory
 from fleetmind.fleet.placement import Demand, PlacementPlan, PlacementPolicy, Start, Stop, plan
 from fleetmind.fleet.restarts import RestartPolicy, Restarts
-from fleetmind.fleet.snapshot import Model, ModelSource
+from fleetmind.fleet.snapshot import Model, ModelSource, serves_same
 from fleetmind.fleet.statuses import Known, statuses_of
 from fleetmind.node.protocol import Device, DeviceKind, DeviceReading, ReplicaReport, ReplicaSpec, ReplicaState
 
@@ -187,7 +186,7 @@ class Reconciler:
         for name in self._known_models.keys() - models.keys():
             self._drop_model(name)
         for name, model in models.items():
-            if name in self._known_models and not _serves_same(self._known_models[name], model):
+            if name in self._known_models and not serves_same(self._known_models[name], model):
                 self._drop_model(name)
             self._known_models[name] = model
         alive = Counter(r.model for r in self._inventory.snapshot().replicas if r.state in _ALIVE)
@@ -204,7 +203,7 @@ class Reconciler:
         unwanted = dict(self._unwanted)
         for replica_id, model in self._begun.items():
             present = models.get(model.name)
-            if present is not None and not _serves_same(model, present):
+            if present is not None and not serves_same(model, present):
                 unwanted[replica_id] = "the model was changed"
         return Demand(unwanted=unwanted, held=held)
 
@@ -434,11 +433,6 @@ class Reconciler:
 
 def _device_id(device: Device) -> DeviceId:
     return device.id
-
-
-def _serves_same(one: Model, other: Model) -> bool:
-    """Whether a replica of ``one`` is also one of ``other``, however many are wanted and whatever is remarked."""
-    return replace(one, replicas_wanted=0, note="") == replace(other, replicas_wanted=0, note="")
 
 
 def _signature(decided: PlacementPlan) -> object:

@@ -4,8 +4,8 @@ Pure. Every decision (placement, routing, later scaling) reads a FleetSnapshot a
 runs live, in simulation and in replay. A snapshot is never changed; the inventory makes a new one.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from fleetmind.core.types import DeviceId, ModelName, ReplicaId
@@ -73,6 +73,11 @@ class Model:
     options: Mapping[str, object] = field(default_factory=dict)
     added_at_s: float = 0.0
     note: str = ""
+
+
+def serves_same(one: Model, other: Model) -> bool:
+    """Whether a replica of ``one`` is also one of ``other``, however many are wanted and whatever is remarked."""
+    return replace(one, replicas_wanted=0, note="") == replace(other, replicas_wanted=0, note="")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +161,14 @@ def snapshot(
     models: Mapping[ModelName, Model],
     replicas: tuple[ReplicaView, ...],
     statuses: Mapping[ModelName, ModelStatus] | None = None,
+    outdated: Set[ReplicaId] = frozenset(),
 ) -> FleetSnapshot:
-    """A snapshot with its index of ready replicas. The one way to make one."""
+    """A snapshot with its index of ready replicas. The one way to make one.
+
+    ``outdated`` replicas are of a model that has gone or changed, whatever has its name now: they get no new calls.
+    """
     ready: dict[ModelName, tuple[ReplicaView, ...]] = {}
     for replica in replicas:
-        if replica.state is ReplicaState.READY and replica.endpoint is not None:
+        if replica.state is ReplicaState.READY and replica.endpoint is not None and replica.id not in outdated:
             ready[replica.model] = (*ready.get(replica.model, ()), replica)
     return FleetSnapshot(version, at_s, devices, dict(models), replicas, ready, dict(statuses or {}))

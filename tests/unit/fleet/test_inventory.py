@@ -51,6 +51,20 @@ async def test_the_version_rises_with_models_and_replicas_only(catalog: Catalog,
     assert reading.memory_bytes_used == GIB
 
 
+async def test_a_replica_of_a_removed_model_serves_no_other_of_that_name(
+    catalog: Catalog, inventory: Inventory
+) -> None:
+    await catalog.add_fake("m", {"seed": 1})
+    inventory.observe_replica(make_report("old", "m", state=ReplicaState.READY, devices=["gpu"]))
+    assert [replica.id for replica in inventory.snapshot().ready[ModelName("m")]] == ["old"]
+    await catalog.remove("m")
+    await catalog.add_fake("m", {"seed": 2})
+    assert ModelName("m") not in inventory.snapshot().ready
+    inventory.observe_replica(make_report("new", "m", state=ReplicaState.READY, devices=["gpu"]))
+    assert [replica.id for replica in inventory.snapshot().ready[ModelName("m")]] == ["new"]
+    assert len(inventory.snapshot().replicas) == 2, "it is still there, and holds its memory"
+
+
 async def test_subscribers_see_the_snapshot_they_are_told_of(catalog: Catalog, inventory: Inventory) -> None:
     seen: list[tuple[FleetSnapshot, FleetSnapshot]] = []
     inventory.subscribe(lambda snapshot: seen.append((snapshot, inventory.snapshot())))
