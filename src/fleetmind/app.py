@@ -161,8 +161,9 @@ async def _parts(
         is_first_start = not await journal.entries(kind=EventKind.KEY_SHOWN, limit=1)
         if is_first_start:
             notes += await _seed(catalog, settings.models.preload)
-        inventory = Inventory(catalog, clock)
         found_engines = await engines(settings.node, os.environ)
+        ahead = {name: engine.facts.calls_ahead for name, engine in found_engines.items()}
+        inventory = Inventory(catalog, clock, calls_ahead=ahead)
         node = NodeDaemon(
             run_dir=home / "run",
             log_dir=home / "logs" / "replicas",

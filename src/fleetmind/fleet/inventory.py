@@ -18,11 +18,12 @@ _LOADED = frozenset({ReplicaState.READY, ReplicaState.DRAINING})
 
 
 class Inventory:
-    """Models, devices and replicas, as last seen. Follows ``catalog`` by itself."""
+    """Models, devices and replicas, as last seen. Follows ``catalog`` by itself. ``calls_ahead`` is per engine."""
 
-    def __init__(self, catalog: Catalog, clock: Clock) -> None:
+    def __init__(self, catalog: Catalog, clock: Clock, *, calls_ahead: Mapping[str, int] | None = None) -> None:
         self._catalog = catalog
         self._clock = clock
+        self._calls_ahead = dict(calls_ahead or {})
         self._devices: tuple[Device, ...] = ()
         self._readings: dict[DeviceId, DeviceReading] = {}
         self._foreign: dict[DeviceId, int] = {}
@@ -136,7 +137,10 @@ class Inventory:
             at_s=self._clock.now_s(),
             devices=tuple(self._view(device) for device in self._devices),
             models=self._catalog.models(),
-            replicas=tuple(_replica_view(report) for _, report in sorted(self._reports.items())),
+            replicas=tuple(
+                _replica_view(report, self._calls_ahead.get(report.spec.engine, 0))
+                for _, report in sorted(self._reports.items())
+            ),
             statuses=self._statuses,
             outdated=self._outdated,
         )
@@ -158,7 +162,7 @@ def _share(report: ReplicaReport) -> int:
     return -(-report.spec.memory_bytes // max(1, len(report.spec.device_ids)))
 
 
-def _replica_view(report: ReplicaReport) -> ReplicaView:
+def _replica_view(report: ReplicaReport, calls_ahead: int) -> ReplicaView:
     return ReplicaView(
         id=report.spec.id,
         model=report.spec.model,
@@ -174,6 +178,7 @@ def _replica_view(report: ReplicaReport) -> ReplicaView:
         ready_at_s=report.ready_at_s,
         reason=report.reason,
         is_simulated=report.is_simulated,
+        calls_ahead=calls_ahead,
     )
 
 

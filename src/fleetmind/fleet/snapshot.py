@@ -102,7 +102,8 @@ class DeviceView:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """A replica as decisions see it. ``outstanding`` lives in the gateway, not here."""
+    """A replica as decisions see it. ``outstanding`` lives in the gateway, not here. ``calls_ahead`` calls may wait in
+    the engine beyond its slots."""
 
     id: ReplicaId
     model: ModelName
@@ -118,6 +119,12 @@ class ReplicaView:
     ready_at_s: float | None = None
     reason: str = ""
     is_simulated: bool = False
+    calls_ahead: int = 0
+
+    @property
+    def calls_max(self) -> int:
+        """Calls that may be sent to it at once."""
+        return self.slots + self.calls_ahead
 
 
 @dataclass(frozen=True, slots=True)

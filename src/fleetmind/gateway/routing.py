@@ -34,7 +34,7 @@ def route(
       1. ready   only replicas that are ready to serve ``model``
       2. able    only those with the ability
       3. fresh   not one that this call was already tried on, if there is another
-      4. free    only those with a free slot
+      4. free    only those with a free slot, or where one more call may wait inside the engine
       5. least   outstanding calls per slot; ties go to the earlier id, so that the same inputs give the same route
     """
     ready = snapshot.ready.get(model, ())
@@ -42,14 +42,14 @@ def route(
         replica = ready[0]
         if ability not in replica.abilities:
             return Route(None, lacks_ability=True)
-        if outstanding.get(replica.id, 0) < replica.slots:
+        if outstanding.get(replica.id, 0) < replica.calls_max:
             return Route(replica)
         return Route(None, is_busy=True)
     able = [replica for replica in ready if ability in replica.abilities]
     if not able:
         return Route(None, lacks_ability=bool(ready))
     fresh = [replica for replica in able if replica.id not in tried] or able
-    free = [replica for replica in fresh if outstanding.get(replica.id, 0) < replica.slots]
+    free = [replica for replica in fresh if outstanding.get(replica.id, 0) < replica.calls_max]
     if not free:
         return Route(None, is_busy=True)
     return Route(min(free, key=lambda replica: (outstanding.get(replica.id, 0) / replica.slots, replica.id)))
@@ -71,7 +71,7 @@ def explain(
             why = f"not ready: {replica.state} {replica.reason}".rstrip()
         elif ability not in replica.abilities:
             why = f"cannot do {ability}"
-        elif count >= replica.slots:
+        elif count >= replica.calls_max:
             why = f"full: {count} of {replica.slots} slots taken"
         else:
             why = f"not chosen: {count} of {replica.slots} slots taken"

@@ -19,7 +19,8 @@ class EngineFacts:
 
     ``needs_file`` and ``needs_url`` say what a replica must carry; ``is_external`` means there is no process of ours;
     ``is_simulated`` means answers are invented and must be labelled so wherever a person sees them. ``device_kinds`` is
-    what it can compute on, as found out on this machine.
+    what it can compute on, as found out on this machine. ``calls_ahead`` is how many calls may wait inside it beyond
+    its slots, so that a slot that becomes free has the next one at once.
     """
 
     name: str
@@ -28,6 +29,7 @@ class EngineFacts:
     is_external: bool = False
     is_simulated: bool = False
     device_kinds: frozenset[DeviceKind] = frozenset(DeviceKind)
+    calls_ahead: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Mapping
 
 from hypothesis import given
@@ -57,6 +58,13 @@ def test_full_replicas_and_none_are_told_apart() -> None:
     assert (none.replica, none.is_busy, none.lacks_ability) == (None, False, False)
     unable = route(MODEL, Ability.CHAT, fleet(replica("a", can_chat=False)), {})
     assert (unable.replica, unable.lacks_ability) == (None, True)
+
+
+def test_one_call_more_may_wait_where_the_engine_says_so() -> None:
+    ahead = dataclasses.replace(replica("a", 1), calls_ahead=1)
+    assert choose(fleet(ahead), {"a": 1}) == "a"
+    assert choose(fleet(ahead), {"a": 2}) is None
+    assert choose(fleet(ahead, replica("b", 1)), {"a": 1}) == "b", "a free slot comes first"
 
 
 def test_only_ready_replicas_serve() -> None:

@@ -41,7 +41,12 @@ class LlamaServer:
 
     @property
     def facts(self) -> EngineFacts:
-        return EngineFacts(name="llamacpp", needs_file=True, device_kinds=self.capabilities.device_kinds)
+        return EngineFacts(
+            name="llamacpp",
+            needs_file=True,
+            device_kinds=self.capabilities.device_kinds,
+            calls_ahead=llamacpp.CALLS_AHEAD,
+        )
 
     def command(self, spec: ReplicaSpec, devices: Sequence[Device], endpoint: Endpoint) -> Command:
         """The binary with the flags it knows; the same choices as for the embedded engine."""

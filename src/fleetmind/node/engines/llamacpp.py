@@ -22,6 +22,9 @@ from fleetmind.node.engines.probing import Asker
 from fleetmind.node.protocol import Ability, Device, DeviceKind, Endpoint, ReplicaSpec
 
 CPU_ONLY = frozenset({DeviceKind.CPU})
+CALLS_AHEAD = 1
+"""llama.cpp takes a waiting call in the very step in which a slot becomes free. One that is handed over only then comes
+a step or more later, while which the slot stands idle."""
 _LIST_DEVICES = "import xllamacpp\nfor device in xllamacpp.get_device_info(): print(device['type'])"
 CHILD = "fleetmind.node.engines.llamacpp_child"
 CACHE_RAM_MIB = 0
@@ -43,7 +46,7 @@ class LlamaCpp:
     """The embedded llama.cpp engine. ``device_kinds`` is what the installed build computes on; see ``find``."""
 
     def __init__(self, device_kinds: frozenset[DeviceKind] = CPU_ONLY) -> None:
-        self._facts = EngineFacts(name="llamacpp", needs_file=True, device_kinds=device_kinds)
+        self._facts = EngineFacts(name="llamacpp", needs_file=True, device_kinds=device_kinds, calls_ahead=CALLS_AHEAD)
 
     @property
     def facts(self) -> EngineFacts:
