@@ -103,8 +103,9 @@ class Upstream:
         except aiohttp.ClientConnectorError:
             raise
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-            # A kept connection that the engine was just closing: it has not seen the call. That is no failure of the
-            # replica, so it takes nothing from the call's retries; a second time it is one.
+            # Most likely a kept connection that the engine was just closing, which is no failure of the replica, so it
+            # takes nothing from the call's retries; a second time it is one. aiohttp does not say whether the
+            # connection was a kept one, so an engine that dies of a call is asked twice in each attempt.
             return await self._session.post(url, data=body, headers=headers, allow_redirects=False)
 
     def _target(self, replica: ReplicaView, kind: CallKind) -> tuple[URL, CIMultiDict[str]]:
